@@ -937,6 +937,7 @@ def statuses(received):
 
 ROOMS = [(int(number), line, title.strip()) for line, text in enumerate(SOURCE.splitlines(), 1)
          for number, title in re.findall(r"^# ==== (\d+)\. ([^=]+) =", text)]
+TITLES = {0: "", **{number: title for number, _, title in ROOMS}}
 
 
 @lru_cache(None)
@@ -950,13 +951,20 @@ def parsed(source=SOURCE):
         gc.enable()
 
 
+@lru_cache(None)
+def nodes():
+    """All that the program is made of: it takes as long to go through a tree as to make it."""
+    return list(ast.walk(parsed()))
+
+
+@lru_cache(None)
 def room(line):
     return max((number for number, start, _ in ROOMS if start <= line), default=0)
 
 
 def room_of(node):
     """The title of the room that a piece of the program stands in."""
-    return next((title for _, start, title in reversed(ROOMS) if start <= getattr(node, "lineno", 1)), "")
+    return TITLES[room(getattr(node, "lineno", 1))]
 
 
 def top_level():
@@ -978,14 +986,14 @@ def test_rooms_stand_in_order_and_match_the_contents():
 
 def test_rooms_use_only_rooms_above():
     home = top_level()
-    annotations = {id(part) for node in ast.walk(parsed()) for kind in ("annotation", "returns") if getattr(node, kind, None)
+    annotations = {id(part) for node in nodes() for kind in ("annotation", "returns") if getattr(node, kind, None)
                    for part in ast.walk(getattr(node, kind))}
-    assert not {"line %d: %s" % (node.lineno, node.id) for node in ast.walk(parsed()) if isinstance(node, ast.Name)
+    assert not {"line %d: %s" % (node.lineno, node.id) for node in nodes() if isinstance(node, ast.Name)
                 and id(node) not in annotations and home.get(node.id, 0) > room(node.lineno)}
 
 
 def test_functions_stay_short():
-    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in ast.walk(parsed())
+    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in nodes()
                      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     assert lengths[-1][0] <= 60, lengths[-5:]
     assert lengths[len(lengths) // 2][0] <= 12
@@ -1009,12 +1017,12 @@ def check_breaches(found, noted):
 
 def functions():
     """(name, function) of all, a method with its class in front."""
-    owners = {id(item): node.name + "." for node in ast.walk(parsed()) if isinstance(node, ast.ClassDef) for item in node.body}
-    return [(owners.get(id(node), "") + node.name, node) for node in ast.walk(parsed()) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    owners = {id(item): node.name + "." for node in nodes() if isinstance(node, ast.ClassDef) for item in node.body}
+    return [(owners.get(id(node), "") + node.name, node) for node in nodes() if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def test_rooms_hold_no_large_class():
-    found = {node.name: sum(isinstance(item, ast.FunctionDef) for item in node.body) for node in ast.walk(parsed()) if isinstance(node, ast.ClassDef)}
+    found = {node.name: sum(isinstance(item, ast.FunctionDef) for item in node.body) for node in nodes() if isinstance(node, ast.ClassDef)}
     check_breaches({name: count for name, count in found.items() if count > MOST_METHODS}, LARGE_CLASSES)
 
 
@@ -1041,7 +1049,7 @@ def test_rooms_write_trees_in_few_places():
 def test_statements_are_what_two_engines_understand():
     """SQLite 3.34 and PostgreSQL: conflicts are worded, columns named.  What a sync client remembers is always in SQLite, what servers share never."""
     foreign = re.compile(r"\bOR (REPLACE|IGNORE)\b|\bREPLACE INTO\b|\bRETURNING\b|->>|\bSTRICT\b|\bINSERT INTO \w+ +(VALUES|SELECT)\b")
-    assert not ["line %d: %s" % (node.lineno, node.value[:60]) for node in ast.walk(parsed())
+    assert not ["line %d: %s" % (node.lineno, node.value[:60]) for node in nodes()
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and room_of(node) not in ("Cluster", "Folder", "Sync client")
                 and re.match(r"\s*(INSERT|UPDATE|DELETE|SELECT|WITH|REPLACE)\b", node.value) and foreign.search(node.value)]
 
@@ -1049,7 +1057,7 @@ def test_statements_are_what_two_engines_understand():
 def test_rooms_do_not_ask_who_somebody_is():
     """What somebody may see and do is decided where a path is entered, and nowhere else."""
     found = {}
-    for node in ast.walk(parsed()):
+    for node in nodes():
         if isinstance(node, ast.Attribute) and node.attr in ("account", "root", "readonly", "scoped") and isinstance(node.value, ast.Name) and node.value.id == "who":
             found[room_of(node)] = found.get(room_of(node), 0) + 1
     found = {title: count for title, count in found.items() if title not in ("Database", "Accounts")}
@@ -1067,7 +1075,7 @@ def test_rooms_define_each_name_once(source):
 
 
 def test_every_kind_of_refusal_is_in_the_table():
-    raised = {node.args[0].value for node in ast.walk(parsed()) if isinstance(node, ast.Call) and node.args
+    raised = {node.args[0].value for node in nodes() if isinstance(node, ast.Call) and node.args
               and getattr(node.func, "id", "") in ("CloudError", "refuse_head") and isinstance(node.args[0], ast.Constant)}
     assert raised <= set(cs.ERRORS), raised - set(cs.ERRORS)
 
@@ -1076,7 +1084,7 @@ def test_front_ends_stay_thin():
     """The doors reach neither database nor blobs, and catch nothing."""
     doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Visitor", "Links", "Page"}
     assert doors <= {title for *_, title in ROOMS}
-    for node in ast.walk(parsed()):
+    for node in nodes():
         if room_of(node) in doors:
             assert not isinstance(node, ast.Try), node.lineno
             assert getattr(node, "attr", "") not in ("db", "blobs"), node.lineno
@@ -1084,7 +1092,7 @@ def test_front_ends_stay_thin():
 
 def test_no_dangerous_call_and_no_sql_from_values():
     """K3: no eval, exec, pickle, shell; SQL text is made of literals and constants only."""
-    for node in ast.walk(parsed()):
+    for node in nodes():
         if isinstance(node, ast.Name):
             assert node.id not in ("eval", "exec", "pickle", "random"), node.lineno
         if isinstance(node, ast.Call):
@@ -1098,7 +1106,7 @@ def test_no_dangerous_call_and_no_sql_from_values():
 def test_the_file_needs_nothing_but_the_standard_library():
     """K4"""
     imported = {(node.module or "").partition(".")[0] if isinstance(node, ast.ImportFrom) else name.name.partition(".")[0]
-                for node in ast.walk(parsed()) if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
+                for node in nodes() if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
     known = getattr(sys, "stdlib_module_names", None)
     assert known is None or imported <= set(known) | {"msvcrt"}
 
@@ -23716,7 +23724,7 @@ def test_style_and_script_of_visitors_are_kept_for_ever_under_their_version(call
 
 def test_the_words_of_visitors_are_there_in_both_languages():
     said = set()
-    for node in ast.walk(parsed()):
+    for node in nodes():
         if room_of(node) == "Visitor" and isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("say", "say.count", "count")):
             said.update(part.value for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant) and isinstance(part.value, str))
     said |= {words for pair in cs.REFUSAL_WORDS.values() for words in pair} | {"Name", "Modified", "Size", "List", "Gallery"}
@@ -23931,7 +23939,7 @@ def test_every_word_is_there_in_both_languages():
 
 def test_what_accounts_say_to_people_is_there_in_both_languages():
     """P21: refusals that the page shows in the server's own words, as they say more than their kind does."""
-    said = {node.args[1].value for node in ast.walk(parsed()) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+    said = {node.args[1].value for node in nodes() if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
             and room_of(node) == "Accounts" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
             and node.args[0].value in ("bad-request", "conflict", "insecure", "forbidden", "exists")}
     assert len(said) > 5 and said <= set(json.loads(cs.PAGE_GERMAN)), sorted(said - set(json.loads(cs.PAGE_GERMAN)))
@@ -23939,7 +23947,7 @@ def test_what_accounts_say_to_people_is_there_in_both_languages():
 
 def test_what_sharing_says_to_people_is_there_in_both_languages():
     """What the page shows of it in the server's own words; a number in them is no part of the key."""
-    said = {part.value.replace("%d", "{n}") for node in ast.walk(parsed()) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
+    said = {part.value.replace("%d", "{n}") for node in nodes() if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CloudError"
             and room_of(node) == "Sharing" and len(node.args) > 1 and node.args[0].value in ("bad-request", "conflict", "forbidden")
             for part in ast.walk(node.args[1]) if isinstance(part, ast.Constant) and isinstance(part.value, str) and "%s" not in part.value and part.value[0].isalpha()}
     never = {"a file needs a name", "a share is for an account, a group or whoever has a link", "a share of a file is view or edit",
@@ -24776,7 +24784,7 @@ def test_the_sync_command_as_a_new_user_meets_it(household, tmp_path):
     assert is_private(two / cs.SYNC_HOME)
     secrets_there = (two / cs.SYNC_HOME / "state.db").read_bytes()
     assert PASSWORD.encode() not in secrets_there and b"cs_" in secrets_there
-    status = subprocess.run([*PROGRAM, "sync", str(one), "--status", "--json"], env=household.env, capture_output=True, text=True)
+    status = run("sync", one, "--status", "--json", env=household.env)
     assert json.loads(status.stdout)["files"] == 2
     if os.name != "nt":                          # which has no such names
         (one / "bad\nname").write_text("x")
@@ -24790,7 +24798,7 @@ def test_what_the_sync_command_cannot_do_it_says_in_a_line(household, tmp_path):
     for words, env, code, said in [
             (["nowhere-known"], {}, 2, "which server"), (["x", "http://ann@127.0.0.1:1"], {}, 1, "cannot reach"), (["x", "ftp://ann@host"], {}, 2, "not the address"),
             (["x", household.url], {"CLOUDSERVER_PASSWORD": "wrong"}, 4, "does not let ann in"), (["x", "--sideways"], {}, 2, "unrecognized"), (["x", "--status"], {}, 1, "not synced")]:
-        done = subprocess.run([*PROGRAM, "sync", str(tmp_path / words[0]), *words[1:], "--once"], env={**household.env, **env}, capture_output=True, text=True, timeout=60)
+        done = run("sync", tmp_path / words[0], *words[1:], "--once", env={**household.env, **env})
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, (words, done)
 
 
@@ -25067,9 +25075,8 @@ def test_two_laptops_and_an_upload_over_a_bucket(serve, bucket_url, tmp_path, rn
     """And what its keeper does: doctor, gc, verify, a backup, a restore into another place of the bucket."""
     served, one, two = serve("--objects", bucket_url, "--workers", "2"), make_tree(tmp_path / "one", rng, 20), tmp_path / "two"
     (one / "large").write_bytes(random_bytes(9 * MiB))
-    sync = lambda place: json.loads(subprocess.run(
-        [*PROGRAM, "sync", str(place), url_of(served, "", "ann"), "--once", "--json"], check=True, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}).stdout)
+    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    sync = lambda place: json.loads(run("sync", place, url_of(served, "", "ann"), "--once", "--json", timeout=120, env=env).stdout)
     files = lambda home: {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
     assert sync(one)["uploaded"] == 21 and sync(two)["downloaded"] == 21 and files(one) == files(two)
     (two / "large").write_bytes((two / "large").read_bytes()[:5 * MiB] + b"!" + (two / "large").read_bytes()[5 * MiB:])
@@ -25168,12 +25175,13 @@ class Browser:
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
         self.address, self.downloads, self.session = ("127.0.0.1", port), downloads, ""
         self.connection = http.client.HTTPConnection(*self.address, timeout=120)
-        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en", "--window-size=1280,800",
+        shell = shutil.which("chromium-headless-shell")          # which has no windows to care for: that takes a third of what stories cost
+        options = {"args": [*([] if shell else ["--headless=new"]), "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en", "--window-size=1280,800",
                             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps",
                             "--disable-extensions", "--no-first-run", "--mute-audio", "--disable-features=SpareRendererForSitePerProcess",
                             "--user-data-dir=%s" % (downloads / "profile")],
-                   "binary": program("chromium", "google-chrome")}
-        made = self.do("POST", "/session", {"capabilities": {"alwaysMatch": {
+                   "binary": shell or program("chromium", "google-chrome")}
+        made = self.do("POST", "/session", {"capabilities": {"alwaysMatch": {"browserName": "chrome-headless-shell" if shell else "chrome",
             "timeouts": {"script": 60_000}, "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "accept"}}})
         self.session = "/session/" + made["sessionId"]
         self.cdp("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
