@@ -26216,6 +26216,7 @@ def test_browser_shows_what_it_can_and_says_what_it_cannot(page):
         page.wait("return preview.body?.innerText.includes(arguments[0])", words)
         assert page.run("return document.querySelector('[data-action=edit]').hidden") == (name in ("long.log", "long.bin"))
     page.put("a report.pdf", PDF)                # P19: its own viewer would name it, and save it, by the address of a blob
+    page.run("Object.defineProperty(navigator, 'pdfViewerEnabled', {value: true})")       # which browsers without windows have not
     page.run("go('/files/a%20report.pdf')")
     assert page.wait("const frame = document.querySelector('dialog iframe'); return frame && [/^blob:.*#toolbar=0/.test(frame.src), frame.title]") == [True, "a report.pdf"]
     page.size(390, 844, touch=True)
