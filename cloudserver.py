@@ -8919,9 +8919,16 @@ def decline_mount(plan: Plan, mount: Node) -> Node:
     return end_mount(plan, mount, "declined")
 
 
+BEGUN_THERE = (  # uploads by way of a mount; of those whose place is named at the end all into the same home.  They keep room that is not theirs any more
+    "SELECT u.id FROM upload u JOIN mount m ON m.node = ? AND m.home = u.account WHERE u.done IS NULL AND u.home <> u.account AND (u.root = m.target "
+    "OR u.path IS NULL AND u.home IN (SELECT home FROM share WHERE node = m.target))")
+
+
 def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
     """Let a root show no more what a mount in it shows; nothing is deleted."""
-    plan.rows += [Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)),
+    plan.rows += [Statement("DELETE FROM upload_chunk WHERE upload IN (" + BEGUN_THERE + ")", (mount.node,)),
+                  Statement("DELETE FROM upload WHERE id IN (" + BEGUN_THERE + ")", (mount.node,)),
+                  Statement("UPDATE mount SET until = (SELECT max(seq) FROM journal) WHERE node = ?", (mount.node,)),
                   Statement(RAISE_NESTED, {"home": mount.home, "node": mount.node})]
     return plan.step(Change(mount._replace(files=0), None, plan.now.top, (), fate)).before
 

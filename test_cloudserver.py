@@ -10785,6 +10785,27 @@ def test_the_owner_of_a_home_may_end_every_lock_there(call, cloud, ann, bob):
 
 
 
+@pytest.mark.parametrize("how", ["end", "leave", "decline", "due", "account"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_room_that_was_reserved_by_a_share_is_free_when_that_ends(cloud, ann, bob, how, parts):
+    """Else an upload that was only announced would fill the home of somebody else for a day, who cannot even see it."""
+    cloud.accounts.update("ann", cs.ANONYMOUS, quota=100_000)
+    cloud.groups.add("crew"), cloud.groups.join("crew", "bob"), put(cloud, ann, "d/f", b"1", parents=True)
+    id = give(cloud, ann, "d", "crew", "group", role="edit")
+    own = cloud.uploads.create(ann, ("mine",), 1000), cloud.uploads.create(bob, ("his",), 1000)
+    if parts:
+        cloud.uploads.begin_parts(bob, "one", 90_000, ("d", "big")), cloud.uploads.put_part(bob, "one", 1, Body(b"x"))
+    else:
+        cloud.uploads.append(bob, cloud.uploads.create(bob, ("d", "big"), 90_000).id, 0, Body(b"x"))
+    assert outcome(put, cloud, ann, "d/new", bytes(20_000)) == "over-quota"
+    ENDS_OF_A_GRANT[how](cloud, ann, bob, id)
+    cloud.offers.expire(), cloud.offers.follow()                                          # as the janitor does every five seconds
+    assert put(cloud, ann, "d/new", bytes(20_000)) and cloud.space.reserved(ann.account) == 1000 and cloud.uploads.upload(ann, own[0].id)
+    assert how == "account" or cloud.uploads.upload(bob, own[1].id)
+    audit(cloud)
+
+
+
 def test_less_rights_hold_at_every_door_with_the_next_request(cloud, ann, bob, address):
     """Law 12"""
     put(cloud, ann, "d/f", b"f", parents=True)
