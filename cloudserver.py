@@ -24037,6 +24037,7 @@ dialog::backdrop { background: rgb(10 14 20 / .45); }
 dialog.preview { width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0;
   border-radius: 0; background: var(--back); }
 .preview[open] { display: flex; flex-direction: column; }
+html:has(.preview[open]) { overflow: hidden; scrollbar-gutter: auto; }
 .preview .title { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem;
   border-bottom: 1px solid var(--line); }
 .preview .title strong { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }

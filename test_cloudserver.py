@@ -26308,6 +26308,22 @@ def test_browser_fits_pictures_and_films_into_every_window(page, film):
                 assert found["inside"] and abs(found["ratio"] / found["natural"] - 1) < 0.02 and found["large"] > 0.97, (name, width, height, showing, found)
 
 
+def test_browser_scrolls_nothing_behind_a_preview(page):
+    """Nor is there a bar beside it that would; and who comes back finds the list where it was."""
+    for n in range(40):
+        page.put("f%02d.txt" % n, b"x")
+    page.open("/")
+    page.sees("f00.txt")
+    page.run("scrollTo(0, 400)")
+    page.run("go('/files/f20.txt')")
+    page.wait("return document.querySelector('.preview .body')?.textContent.includes('x')")
+    page.do("POST", "/actions", {"actions": [{"type": "wheel", "id": "wheel", "actions": [{"type": "scroll", "x": 640, "y": 400, "deltaX": 0, "deltaY": 500}]}]})
+    assert page.run("return [scrollY, document.documentElement.clientWidth - innerWidth]") == [400, 0]
+    page.press("Escape")
+    page.wait("return !document.querySelector('.preview')?.open")
+    assert page.run("return scrollY") == 400
+
+
 def tone(seconds):
     """A WAV file of silence."""
     data = bytes([128]) * int(8000 * seconds)
