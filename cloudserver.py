@@ -1334,6 +1334,14 @@ class FileBody(Body):
         return self._file.readinto(buffer) or 0
 
 
+def fill(body: Body, view: memoryview) -> int:
+    """Read until `view` is full or the body ends; returns the bytes read."""
+    count, broken = fill_what_comes(body, view)
+    if broken:
+        raise broken
+    return count
+
+
 def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | None]:
     """As fill, but a body that breaks off gives what came of it, and the error.  raises CloudError if it may not go on"""
     count = 0
@@ -1351,17 +1359,6 @@ def fill_what_comes(body: Body, view: memoryview) -> tuple[int, CloudError | Non
 
 
 BREAKS = ("bad-request", "timeout")      # how a body ends early
-
-
-def fill(body: Body, view: memoryview) -> int:
-    """Read until `view` is full or the body ends; returns the bytes read."""
-    count = 0
-    while count < len(view):
-        more = body.readinto(view[count:])
-        if not more:
-            break
-        count += more
-    return count
 
 
 class _RawBody(io.RawIOBase):
