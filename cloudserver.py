@@ -7260,7 +7260,7 @@ class Credentials:
             raise CloudError("unauthenticated", "malformed credentials")
         if pair[1].startswith(TOKEN_MARK):
             who = self._by_secret(pair[1], "token")
-            if key_of(who.name.casefold()) != key_of(pair[0].casefold()):
+            if account_key(who.name) != account_key(pair[0]):
                 raise CloudError("unauthenticated", "wrong name or password")
             return who
         return self.by_password(*pair, address, key)
@@ -7731,8 +7731,8 @@ def end_shares(where: str, params: tuple[Any, ...], clock: Clock) -> list[Statem
 
 
 def account_key(name: str) -> str:
-    """What account names are compared by."""
-    return unicodedata.normalize("NFC", name.casefold())
+    """What names of accounts and groups are compared by."""
+    return key_of(name.casefold())
 
 
 def sha256_text(text: str) -> str:
