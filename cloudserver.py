@@ -9169,16 +9169,20 @@ class Tree:
             if len(place.chain) - 1 + len(place.rest) > DEPTH_LIMIT:
                 raise CloudError("bad-request", "over %d levels deep" % DEPTH_LIMIT)
             if self.config.windows_names == "refuse":
-                self._check_windows(place, path)
+                for name in place.rest:
+                    if not is_windows_name(name):
+                        raise CloudError("conflict", "Windows cannot hold the name %s" % name)
+            twin = self.windows_twin(place)
+            if twin:
+                raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % twin)
 
-    def _check_windows(self, place: Place, path: tuple[str, ...]) -> None:
-        """Refuse names Windows cannot hold beside what is there (P11)."""
+    def windows_twin(self, place: Place) -> str | None:
+        """The name of what is beside a place where nothing is, if Windows could not tell the two apart and names have to be fit for it (P11)."""
+        if self.config.windows_names != "refuse":
+            return None
         name = place.rest[0]
-        if not all(map(is_windows_name, place.rest)):
-            raise CloudError("conflict", "Windows cannot hold the name %s" % name)
-        for (other,) in self.db.read("SELECT name FROM entry WHERE parent = ? AND key <> ? AND until IS NULL", (place.parent, key_of(name))):
-            if other.casefold() == name.casefold():
-                raise CloudError("conflict", "%s is there, and Windows cannot tell the two apart" % other)
+        return next((other for other, in self.db.read("SELECT name FROM entry WHERE parent = ? AND key <> ? AND until IS NULL", (place.parent, key_of(name)))
+                     if other.casefold() == name.casefold()), None)
 
 
 @dataclass(eq=False)
@@ -10146,9 +10150,7 @@ def way_in(plan: Plan, path: tuple[str, ...], collection: bool = False) -> tuple
 def is_in_the_way(plan: Plan, place: Place, collection: bool) -> bool:
     node = place.node
     if node is None:
-        return plan.tree.config.windows_names == "refuse" and bool(place.rest) and any(
-            other.casefold() == place.rest[-1].casefold() for other, in plan.tree.db.read(
-                "SELECT name FROM entry WHERE parent = ? AND until IS NULL", (place.parent,)))
+        return plan.tree.windows_twin(place) is not None
     return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in plan.tree.locks.of(place))
 
 
