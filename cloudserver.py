@@ -374,6 +374,16 @@ class Preconditions(NamedTuple):
     since: int | None = None                      # a seq: no other device has changed it, or what it holds, after that
     parents: bool = False                         # nothing: collections that are missing on the way are made
 
+    def has_changed(self, node: Node | None) -> bool:
+        """Is it not what If-Match, or else If-Unmodified-Since, was told of?"""
+        if self.if_match:
+            return node is None or not ("*" in self.if_match or node.etag in self.if_match)
+        return self.unmodified_since is not None and node is not None and node.mtime // 1000 * 1000 > self.unmodified_since
+
+    def is_known(self, node: Node | None) -> bool:
+        """Is it what If-None-Match names?"""
+        return bool(self.if_none_match) and node is not None and ("*" in self.if_none_match or node.etag in self.if_none_match)
+
 
 ANY, PARENTS, BESIDE = Preconditions(), Preconditions(parents=True), Preconditions(beside=True, parents=True)
 
@@ -9764,16 +9774,12 @@ class Plan:
         if given is ANY:
             return
         node = place.node
-        if given.if_match:
-            if node is None or not ("*" in given.if_match or node.etag in given.if_match):
-                raise CloudError("precondition-failed", "it has changed", there=node)
-        elif given.unmodified_since is not None and node and node.mtime // 1000 * 1000 > given.unmodified_since:
+        if given.has_changed(node):
             raise CloudError("precondition-failed", "it has changed", there=node)
-        if given.if_none_match and node is not None:
+        if given.is_known(node):
             if "*" in given.if_none_match and path and node.name != path[-1]:
                 raise CloudError("twin", "the same name is there in another Unicode form", there=node)
-            if "*" in given.if_none_match or node.etag in given.if_none_match:
-                raise CloudError("precondition-failed", "it is there already", there=node)
+            raise CloudError("precondition-failed", "it is there already", there=node)
         if given.since is not None and node is not None:
             self._check_since(place, given.since)
         if node:                                 # a name that must be free is guarded by its index
@@ -14313,13 +14319,10 @@ def begun(parts: Iterator[bytes | FileSlice]) -> Iterator[bytes | FileSlice]:
 
 def unmet(given: Preconditions, node: Node) -> int:
     """The status by which a read with these conditions is answered, or 0 if they hold (RFC 9110 s13.2.2)."""
-    if given.if_match:
-        if "*" not in given.if_match and node.etag not in given.if_match:
-            return 412
-    elif given.unmodified_since is not None and node.mtime // 1000 * 1000 > given.unmodified_since:
+    if given.has_changed(node):
         return 412
     if given.if_none_match:
-        return 304 if "*" in given.if_none_match or node.etag in given.if_none_match else 0
+        return 304 if given.is_known(node) else 0
     return 304 if given.modified_since is not None and node.mtime // 1000 * 1000 <= given.modified_since else 0
 
 
