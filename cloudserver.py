@@ -25764,7 +25764,6 @@ PAGE_GERMAN = r"""{
   "a collection has no versions; ask for it as of a time": "ein Ordner hat keine Versionen; sieh ihn an, wie er zu einer Zeit war",
   "a collection is at this path": "an dieser Stelle ist ein Ordner",
   "a file is in the way": "eine Datei steht im Weg",
-  "a link ends in the future": "Ein Link endet in der Zukunft",
   "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "a share ends in the future": "eine Freigabe endet in der Zukunft",
