@@ -14164,10 +14164,11 @@ def read_values(request: Request, declared: dict[str, str]) -> dict[str, Any]:
     if request.method in IN_QUERY:
         values, kinds = {}, {name.rstrip("_"): kind for name, kind in declared.items()}
         for name, text in parse_pairs(request.query):
-            if VALUES[kinds.get(name, "string")][1]["type"] == "array":
+            type = VALUES[kinds.get(name, "string")][1]["type"]
+            if type == "array":
                 values.setdefault(name, []).append(text)
             else:
-                values[name] = TEXT_VALUES.get(str(VALUES[kinds.get(name, "string")][1]["type"]), str)(text)
+                values[name] = TEXT_VALUES.get(str(type), str)(text)
     else:
         values = parse_json(request.body.read(JSON_LIMIT) or b"{}")
     found = check_fields(values, declared)
@@ -14482,7 +14483,7 @@ class Site:
 
 # ---- the parser: bytes in, requests out, no socket (RFC 9112)
 
-_TRAILER = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*"
+_TRAILER = rb"%b:[\t\x20-\x7e\x80-\xff]*" % _TOKEN.encode()
 _BARE = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|\x00")
 
 
@@ -14703,7 +14704,7 @@ class Connection:
         HANDSHAKE   TLS is being set up
         HEAD        the next request, or the rest of one; silent so far if the parser is empty
         BODY        the rest of a small body, of somebody who is not let in (`wanted` bytes)
-        SENDING       the peer takes an answer slowly; then HEAD, or LINGER if not `keep`
+        SENDING     the peer takes an answer slowly; then HEAD, or LINGER if not `keep`
         LINGER      the answer has gone; the peer gets a moment to read it before the connection ends (H18)
     """
     __slots__ = ("sock", "peer", "parser", "envelope", "phase", "until", "wanted", "out", "keep", "continued", "writes", "_patient")
