@@ -13138,6 +13138,10 @@ PARTS_OPEN = "SELECT 'upload' FROM upload WHERE id = ? AND done IS NULL AND due 
 UPLOAD_LIMIT, UPLOADS_BY_LINK = 1000, 100        # at a time, per account and per link
 
 
+def forget_upload(id: str) -> list[Statement]:
+    return [Statement("DELETE FROM upload_chunk WHERE upload = ?", (id,)), Statement("DELETE FROM upload WHERE id = ?", (id,))]
+
+
 def way_to(tree: Tree, who: Principal, root: int) -> tuple[str, ...] | None:
     """Where the top of a view is for who asks: at the top of all, or by now at the mount that shows it."""
     if root == view_of(who).top:
@@ -13325,11 +13329,7 @@ class Uploads:
         """Forget an upload; its chunks go with the sweep."""
         view_of(who).need(CREATE, UPDATE)
         self.upload(who, id)
-        self._forget(id)
-
-    def _forget(self, id: str) -> None:
-        self.db.run(Statement("DELETE FROM upload_chunk WHERE upload = ?", (id,)),
-                    Statement("DELETE FROM upload WHERE id = ?", (id,)))
+        self.db.run(*forget_upload(id))
 
     # ---- uploads in numbered parts: in any order, in parallel, joined at the end
 
@@ -13359,9 +13359,7 @@ class Uploads:
                 if again:
                     return Batch([])
                 raise CloudError("exists", "an upload of this name is under way")
-            return Batch([Statement("DELETE FROM upload_chunk WHERE upload = ?", (upload.id,)),
-                          Statement("DELETE FROM upload WHERE id = ?", (upload.id,)), Statement(PUT_UPLOAD, upload)],
-                         [Statement(PARTS_OPEN, (upload.id, now))])
+            return Batch([*forget_upload(upload.id), Statement(PUT_UPLOAD, upload)], [Statement(PARTS_OPEN, (upload.id, now))])
 
         self.db.write(attempt)
 
@@ -13418,7 +13416,7 @@ class Uploads:
         view_of(who).need(CREATE, UPDATE)
         upload, parts = self.parts(who, name)
         if number is None:
-            return self._forget(upload.id)
+            return self.db.run(*forget_upload(upload.id))
         if number not in dict(parts):
             raise CloudError("not-found", "there is no such part")
         self.db.run(Statement("UPDATE upload SET received = received - ? WHERE id = ?", (dict(parts)[number], upload.id)),
@@ -13667,6 +13665,7 @@ class Cloud:
                 if self.done(op) is None:
                     raise
         return None
+
 
 def op_ids(op: str, now: int) -> tuple[str, str]:
     """Names of an operation in this minute and in the one before: an id counts no longer than that."""
