@@ -531,6 +531,7 @@ class CloudError(Exception):
         self.status, self.condition = ERRORS[kind]
 
 
+INSECURE = "passwords are not accepted over plain HTTP from another machine; use HTTPS"
 LINK_ENDS = {  # why a visitor may not go on
     "gone": "this link does not work, or not any more", "forbidden": "this link does not allow that", "too-large": "this link takes no more"}
 
@@ -7229,8 +7230,7 @@ class Credentials:
         if len(credential) > 4 * KiB:
             return ANONYMOUS._replace(refusal=CloudError("unauthenticated", "the credentials are too long"))
         if not secure:
-            return ANONYMOUS._replace(refusal=CloudError(
-                "insecure", "passwords are not accepted over plain HTTP from another machine; use HTTPS"))
+            return ANONYMOUS._replace(refusal=CloudError("insecure", INSECURE))
         key = hashlib.blake2b(credential.encode("utf-8", "replace"), key=self._key, digest_size=16).digest()
         generation = self._generation()
         who, then, due = self._remembered.get(key, (None, "", 0))
@@ -12572,7 +12572,7 @@ class LinkPasswords:
         if not knock.password or len(knock.password.encode("utf-8", "replace")) > PASSWORD_MAX:
             raise CloudError("unauthenticated", "this link has a password")
         if not knock.safe:
-            raise CloudError("insecure", "passwords are not accepted over plain HTTP from another machine; use HTTPS")
+            raise CloudError("insecure", INSECURE)
         digest = hashlib.blake2b(("%s\0%s" % (share.password, knock.password)).encode("utf-8", "replace"), key=self._key).digest()
         if digest not in self._right:
             self._check(share, knock, digest)
@@ -15160,7 +15160,7 @@ def api_login(cloud: Cloud, who: Principal, request: Request) -> Response:
 
 def check_safe(request: Request) -> None:
     if not request.safe:
-        raise CloudError("insecure", "passwords are not accepted over plain HTTP from another machine; use HTTPS")
+        raise CloudError("insecure", INSECURE)
 
 
 def format_cookie(request: Request, secret: str, seconds: int) -> str:
