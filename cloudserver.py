@@ -10600,8 +10600,8 @@ def name_written(path: tuple[str, ...], place: Place, name: str) -> dict[str, An
 
 def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
-    digits = secrets.token_hex(16)
-    return "urn:uuid:%s-%s-4%s-a%s-%s" % (digits[:8], digits[8:12], digits[13:16], digits[17:20], digits[20:])
+    import uuid
+    return uuid.uuid4().urn
 
 
 def unchanged_since(node: Node, seq: int) -> Statement:
@@ -24638,6 +24638,8 @@ async function offsetOf(id) {
   return offsetOf(id);
 }
 
+const dropUpload = id => fetch(TUS_PLACE + "/" + id, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
+
 const TUS = {"Tus-Resumable": "1.0.0"};
 const BODIES = {
   POST: TUS,
@@ -24700,8 +24702,7 @@ function cancelItem(item) {
   const sending = item.state === "sending";
   finishItem(item, "cancelled");
   if (sending && item.request) item.request.abort();
-  if (item.upload)
-    fetch(TUS_PLACE + "/" + item.upload, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
+  if (item.upload) dropUpload(item.upload);
   updateQueue();
 }
 
@@ -24773,7 +24774,7 @@ function brokenRow(print, id, path, share) {
     button(t("Choose again"), () => chooseFiles({}, parentOf(path)), {className: "quiet"}),
     button(t("Give up"), () => {
       forgetPart(print);
-      fetch(TUS_PLACE + "/" + id, {method: "DELETE", headers: {...HEADERS, ...TUS}}).catch(() => {});
+      dropUpload(id);
       row.remove();
     }, {className: "quiet"}),
     h("span.state", {}, t("{n} % are there", {n: Math.floor(100 * share)})));
