@@ -24183,9 +24183,9 @@ const ICONS = {
   image: SHEET + "|M6.5 18l3.5-5 2.5 3 1.5-2 2.5 4M9 9.5h.01",
   video: SHEET + "|M9 11l5.5 3.2L9 17.5z",
   audio: SHEET + "|M9 17.5v-6l5-1v6",
-  pdf: SHEET + "|M8 17.5v-5h2a1.5 1.5 0 0 1 0 3H8M13 12.500v5h1a2 2 0 0 0 2-2v-1a2 2 0 0 0-2-2z",
+  pdf: SHEET + "|M8 17.5v-5h2a1.5 1.5 0 0 1 0 3H8M13 12.5v5h1a2 2 0 0 0 2-2v-1a2 2 0 0 0-2-2z",
   archive: SHEET + "|M10 4h2M11 7h2M10 10h2M11 13h2v4h-2z",
-  table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.500"
+  table: SHEET + "|M7 11h9M7 14h9M7 17h9M10 11v6.5"
 };
 const categoryOf = entry => entry.kind === "collection" ? "collection" : entry.category || "other";
 
@@ -27840,7 +27840,7 @@ function paint(order, things) {
 
 const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
 const PEOPLE = "M15 20a6 6 0 0 0-12 0M9 11a3 3 0 1 0 0-7 3 3 0 0 0 0 7M21 20a6 6 0 0 0-4-5M16 4a3 3 0 0 1 0 7";
-const CHAIN = "M9 15l6-6M10.500 6.500l2-2a4.500 4.500 0 0 1 7 7l-2 2M13.500 17.500l-2 2a4.500 4.500 0 0 1-7-7l2-2";
+const CHAIN = "M9 15l6-6M10.5 6.5l2-2a4.5 4.5 0 0 1 7 7l-2 2M13.5 17.5l-2 2a4.5 4.5 0 0 1-7-7l2-2";
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
 
@@ -30940,7 +30940,7 @@ def page_part(request: Request, body: bytes, media: str, **fields: str) -> Respo
 
 
 ICON = (b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><rect width="24" height="24" fill="#1857c4"/><path fill="#fff" '
-        b'd="M5 8a1.5 1.5 0 0 1 1.5-1.5h3.600l1.5 2H17.500A1.5 1.5 0 0 1 19 10v6a1.5 1.5 0 0 1-1.5 1.5h-11A1.5 1.5 0 0 1 5 16z"/></svg>')
+        b'd="M5 8a1.5 1.5 0 0 1 1.5-1.5h3.6l1.5 2H17.5A1.5 1.5 0 0 1 19 10v6a1.5 1.5 0 0 1-1.5 1.5h-11A1.5 1.5 0 0 1 5 16z"/></svg>')
 ICON_SIZES = (180, 192, 512)      # in pixels: what iOS and Android ask for
 MANIFEST = {"name": "cloudserver", "short_name": "cloudserver", "lang": "en", "start_url": "./", "scope": "./", "display": "standalone",
             "background_color": "#ffffff", "theme_color": "#1857c4",         # no id: it would not know below which path it is
