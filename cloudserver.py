@@ -8397,12 +8397,7 @@ class Contents:
 
     def content(self, manifest: str, size: int, only: StoredChunk | None = None) -> Content:
         if manifest[0] != "m":
-            if only is None:
-                rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (manifest,))
-                only = StoredChunk._make(rows[0]) if rows else None
-            if only is None:
-                raise CloudError("storage-failed", "a part of the file is missing")
-            return Content(self.blobs, size, only)
+            return Content(self.blobs, size, only or self.chunk(manifest))
         return Content(self.blobs, size, more=lambda offset: [
             (at, StoredChunk._make(chunk)) for at, *chunk in self.db.read(
                 "SELECT m.offset, " + CHUNK + " FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
@@ -8463,7 +8458,10 @@ class Contents:
                             "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
 
     def chunk(self, hash: str) -> StoredChunk:
-        return StoredChunk._make(self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,))[0])
+        """raises CloudError storage-failed if it is gone"""
+        for row in self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (hash,)):
+            return StoredChunk._make(row)
+        raise CloudError("storage-failed", "a part of the file is missing")
 
 
 def still_stored(hashes: Sequence[str]) -> tuple[Statement, ...]:
@@ -13007,8 +13005,7 @@ class Sync:
             return b""
         if chunks[0][0] in received.heads:
             return received.heads[chunks[0][0]]
-        rows = self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash = ?", (chunks[0][0],))
-        return self.tree.blobs.read(StoredChunk._make(rows[0]))[:32]
+        return self.tree.blobs.read(self.tree.contents.chunk(chunks[0][0]))[:32]
 
     def _take_mkdir(self, sending: Sending, path: tuple[str, ...], step: dict[str, Any]) -> Outcome:
         try:
