@@ -8368,6 +8368,9 @@ class Locks:
 PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
 PUT_OFFSET = "INSERT INTO manifest_chunk (manifest, offset, chunk) VALUES (?, ?, ?) ON CONFLICT (manifest, offset) DO NOTHING"
 PUT_DIGEST = "INSERT INTO digest (manifest, kind, value) VALUES (?, ?, ?) ON CONFLICT (manifest, kind) DO NOTHING"
+OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
+    "EXISTS (SELECT 1 FROM entry WHERE manifest = h.hash AND home = ?) OR EXISTS (SELECT 1 FROM manifest_chunk m "
+    "JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = h.hash AND e.home = ?)")
 
 
 def is_composed(node: Node) -> bool:
@@ -8411,11 +8414,7 @@ class Contents:
 
     def knows(self, home: int, hash: str) -> bool:
         """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
-        return bool(self.db.read(
-            "SELECT 1 FROM chunk h WHERE h.hash = :hash AND h.bad IS NULL AND h.condemned IS NULL AND (EXISTS ("
-            "SELECT 1 FROM entry WHERE manifest = :hash AND home = :home) OR EXISTS ("
-            "SELECT 1 FROM manifest_chunk m JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = :hash AND e.home = :home))",
-            {"hash": hash, "home": home}))
+        return bool(self.db.read("SELECT 1 FROM chunk h WHERE h.hash = ? AND h.bad IS NULL AND h.condemned IS NULL AND (" + OWNED + ")", (hash, home, home)))
 
     def known_to(self, view: View) -> Callable[[str], bool]:
         """Tells of chunks whether who writes could read them anyway: those are not stored again, and nobody learns anything by that."""
@@ -13056,9 +13055,6 @@ LIVE_CHUNKS = (  # chunks of live files in some homes
     "AND h.condemned IS NULL AND e.home IN ({homes}) UNION SELECT h.hash, h.size, e.node FROM chunk h JOIN manifest_chunk m ON m.chunk = h.hash "
     "JOIN entry e ON e.manifest = m.manifest AND e.until IS NULL WHERE h.hash IN ({hashes}) AND h.bad IS NULL AND h.condemned IS NULL "
     "AND e.home IN ({homes})")
-OWNED = (  # does an account (?, ?) refer to chunk h, now or in its history?
-    "EXISTS (SELECT 1 FROM entry WHERE manifest = h.hash AND home = ?) OR EXISTS (SELECT 1 FROM manifest_chunk m "
-    "JOIN entry e ON e.manifest = m.manifest WHERE m.chunk = h.hash AND e.home = ?)")
 
 
 def describe_outcomes(batch: Batch, seq: int | None = None) -> list[dict[str, Any]]:
