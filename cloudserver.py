@@ -8318,8 +8318,7 @@ class Locks:
         return [lock for lock in locks
                 if place.node and lock.node == place.node.node or lock.deep and lock.node in place.chain]
 
-    def check(self, who: Principal, place: Place, given: Preconditions, *, below: bool = False,
-                     member: bool | None = None) -> None:
+    def check(self, who: Principal, place: Place, given: Preconditions, *, below: bool = False, member: bool | None = None) -> None:
         """Refuse unless the locks in the way are the caller's and were submitted (RFC 4918 s7).
 
         below    what hangs below the node is affected too: delete, move, overwrite
@@ -8447,7 +8446,7 @@ class Contents:
         """The checksums that are known of a file: {"sha1": hex}."""
         found = dict(self.db.read("SELECT kind, value FROM digest WHERE manifest = ? UNION ALL SELECT 'sha256', sha256 "
                                   "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
-        return found if node.manifest[0] == "m" else {**found, "sha256": node.manifest}
+        return found if is_composed(node) else {**found, "sha256": node.manifest}
 
     def chunks(self, node: Node) -> list[tuple[str, int]]:
         """(hash, size) of the chunks of a file in order; an empty file has none."""
@@ -15080,7 +15079,7 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
         about["files"] = node.files
     else:
         about.update(media=node.media, category=kind_of_file(node.name, node.media), version=str(node.rev))
-        if node.manifest[0] != "m":
+        if not is_composed(node):
             about["sha256"] = node.manifest
     return about
 
@@ -16474,7 +16473,7 @@ CHECKSUM_NAMES = {kind: name for name, kind in _CHECKSUMS.items()}
 def format_checksums(node: Node, about: About) -> Markup | None:
     """SHA1:... MD5:... in one element, as ownCloud's and Nextcloud's clients and rclone read it."""
     known = dict(about.digests.get(node.manifest, ()))
-    if node.manifest[0] != "m":
+    if not is_composed(node):
         known["sha256"] = node.manifest
     return E("oc:checksum", " ".join(map(format_checksum, known, known.values()))) if known else None
 
@@ -30899,7 +30898,7 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
     page = PAGE_HTML.replace("{style}", style).replace("{script}", script).replace("{parts}", named).encode()
     return gzip.compress(page, mtime=0) if packed else page, {
         "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache", "Vary": "Accept-Encoding",
-        "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], "-gz" * packed),
+        "ETag": '"%s%s"' % (hashlib.sha256(page).hexdigest()[:16], PACKED * packed),
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src %s; img-src 'self' blob: data:; "
                                    "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
