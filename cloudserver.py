@@ -13694,6 +13694,7 @@ STATUS_LINES = {status: "HTTP/1.1 %d %s\r\n" % (status, reason) for status, reas
 ALWAYS = "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
 PRIVATE = "private, no-cache"
 SANDBOX = "sandbox; default-src 'none'"
+SESSION_COOKIE, LINK_COOKIE = ("session", "__Host-session"), ("link", "__Secure-link")       # over HTTP, over HTTPS
 
 
 class Disconnected(Exception):
@@ -13762,14 +13763,17 @@ class Request:
         """A header field by its name in lower case."""
         return self.fields.get(name)
 
-    def cookie(self, https: str = "__Host-session", http: str = "session") -> str:
-        """The session's cookie, or that of another name, or ""."""
-        wanted = https if self.https else http
+    def cookie(self, names: tuple[str, str] = SESSION_COOKIE) -> str:
+        """The session's cookie, or another one, or ""."""
         for part in self.fields.get("cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
-            if name == wanted:
+            if name == names[self.https]:
                 return value
         return ""
+
+    def set_cookie(self, value: str, seconds: int, names: tuple[str, str] = SESSION_COOKIE, path: str = "/") -> str:
+        """The field that lets a browser keep one (A8, S3)."""
+        return "%s=%s; Path=%s; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (names[self.https], value, path, seconds, "; Secure" * self.https)
 
     def argument(self, name: str) -> str | None:
         """A value of the query."""
@@ -13946,7 +13950,7 @@ def identify_visitor(cloud: Cloud, request: Request, names: dict[str, Any]) -> P
     """The visitor of the link that an address, or else the user name, names.  What an account knows is neither tried nor counted here."""
     scheme, _, value = request.fields.get("authorization", "").partition(" ")
     user, password = (parse_basic(value) if scheme.lower() == "basic" else None) or ("", "")
-    request.knock = Knock(names.pop("link", user), password, request.cookie(*LINK_COOKIE), request.address, request.safe, asks_for_rest(request))
+    request.knock = Knock(names.pop("link", user), password, request.cookie(LINK_COOKIE), request.address, request.safe, asks_for_rest(request))
     return cloud.sharing.open(request.knock)
 
 
@@ -13965,9 +13969,6 @@ def receiving(cloud: Cloud, who: Principal, request: Request) -> Iterator[None]:
         yield
     finally:
         cloud.drops.pause()
-
-
-LINK_COOKIE = "__Secure-link", "link"
 
 
 def asks_for_rest(request: Request) -> bool:
@@ -15147,7 +15148,7 @@ def api_login(cloud: Cloud, who: Principal, request: Request) -> Response:
     values = request.values
     secret, who = cloud.devices.log_in(values["name"], values["password"], request.address,
                                         request.fields.get("user-agent", ""))
-    return json_response(api_account_of(cloud, who), 200, **{"Set-Cookie": format_cookie(request, secret, SESSION_LIFE // 1000)})
+    return json_response(api_account_of(cloud, who), 200, **{"Set-Cookie": request.set_cookie(secret, SESSION_LIFE // SECOND)})
 
 
 def check_safe(request: Request) -> None:
@@ -15155,18 +15156,12 @@ def check_safe(request: Request) -> None:
         raise CloudError("insecure", INSECURE)
 
 
-def format_cookie(request: Request, secret: str, seconds: int) -> str:
-    """A8"""
-    name, secure = ("__Host-session", "; Secure") if request.https else ("session", "")
-    return "%s=%s; Path=/; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (name, secret, seconds, secure)
-
-
 @route("POST", API + "logout", needs="read")
 def api_logout(cloud: Cloud, who: Principal, request: Request) -> Response:
     """End this session, or the token that asks."""
     if who.device:
         cloud.devices.revoke(who, who.device)
-    return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
+    return Response(204, b"", {"Set-Cookie": request.set_cookie("", 0)})
 
 
 @route("POST", API + "confirm", needs="account", password=TEXT)
@@ -15202,7 +15197,7 @@ def api_password(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Change the password; every session and app password ends."""
     cloud.credentials.check(who, request.values["old"], request.address)
     cloud.accounts.set_password(who.name, request.values["new"], who)
-    return Response(204, b"", {"Set-Cookie": format_cookie(request, "", 0)})
+    return Response(204, b"", {"Set-Cookie": request.set_cookie("", 0)})
 
 
 @route("GET", API + "devices", needs="account")
@@ -26742,7 +26737,7 @@ def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         form = parse_query(request.body.read(SMALL_BODY).decode("utf-8", "replace"))
         cookie = cloud.sharing.unlock(request.knock._replace(password=form.get("password", "")))
         return Response(303, b"", {"Location": request.href(request.path) + "/" * request.slash, "Cache-Control": "no-store",
-                                   "Set-Cookie": format_link_cookie(request, cookie)})
+                                   "Set-Cookie": request.set_cookie(cookie, HOUR // SECOND, LINK_COOKIE, request.href(request.path[:2]))})
     if who.refusal:
         raise who.refusal
     sent = 0
@@ -26791,12 +26786,6 @@ for _handler, _methods, _place in (
         (tus_options, "OPTIONS", "tus"), (tus_create, "POST", "tus"), (tus_head, "HEAD", "tus/<id>"), (tus_patch, "PATCH", "tus/<id>"),
         (tus_delete, "DELETE", "tus/<id>"), (tus_override, "POST", "tus/<id>")):
     route(_methods, "/s/<link>/" + _place, needs="nothing" if _handler is tus_options else "write", refuse=tus_error, by="link")(_handler)
-
-
-def format_link_cookie(request: Request, value: str) -> str:
-    """S3: for this link alone, and an hour."""
-    name, secure = (LINK_COOKIE[0], "; Secure") if request.https else (LINK_COOKIE[1], "")
-    return "%s=%s; Path=%s; Max-Age=%d; HttpOnly; SameSite=Lax%s" % (name, value, request.href(request.path[:2]), HOUR // SECOND, secure)
 
 
 # ---- the doors

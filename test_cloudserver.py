@@ -11393,7 +11393,7 @@ def test_a_form_unlocks_a_link_for_an_hour(make_cloud, fake, serve_cloud):
     cloud.sharing.change(ann, one.share.id, password="another horse")
     assert ask(one, "GET", "/f", Cookie=cookie).status == 401
     secure = cs.Request("POST", (("s", "T"), False, ""), cs.Envelope(https=True), Body())
-    assert cs.format_link_cookie(secure, "v").startswith("__Secure-link=v; Path=/s/T; ") and "; Secure" in cs.format_link_cookie(secure, "v")
+    assert secure.set_cookie("v", 60, cs.LINK_COOKIE, "/s/T") == "__Secure-link=v; Path=/s/T; Max-Age=60; HttpOnly; SameSite=Lax; Secure"
 
 
 def test_downloads_are_counted_exactly(cloud, ann, link):
