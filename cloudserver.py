@@ -26365,6 +26365,8 @@ def parse_weight(text: str) -> float:
 
 # ---- the page
 
+PAGE_FIELDS = {  # of whole pages
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin", "Permissions-Policy": "camera=(), geolocation=(), microphone=()"}
 VISITOR_PAGE = 500              # entries of a collection on one page
 VISITOR_SORTS = ("name", "mtime", "size")
 
@@ -26430,8 +26432,7 @@ def html_response(request: Request, say: Speaker, title: str, *body: str, status
         "Content-Security-Policy": "default-src 'none'; script-src %s; style-src 'nonce-%s'; img-src 'self' blob:; media-src 'self' blob:; "
                                    "frame-src blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
                                    "object-src 'none'" % ("'nonce-%s'" % nonce if script else "'none'", nonce),
-        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=()"}))
+        **PAGE_FIELDS}))
 
 
 def intro(visit: Visit, title: str, node: Node | None = None) -> Markup:
@@ -26481,8 +26482,8 @@ def file_part(visit: Visit, node: Node) -> Markup:
         look = H("img", src=href + "?preview=1", alt=visible(node.name))
     elif kind in ("video", "audio"):
         look = H(kind, src=href + "?preview=1", controls=True, preload="metadata", playsinline=True)
-    return H("div.single", save, H("section.preview.shown", H("div.note", role="status"), H("div.body", look), aria_label=say("Preview"), hidden=kind in (
-                 "archive", "document"), **entry_data(node, href)))
+    return H("div.single", save, H("section.preview.shown", H("div.note", role="status"), H("div.body", look), aria_label=say("Preview"),
+                                   hidden=kind in ("archive", "document"), **entry_data(node, href)))
 
 
 def entry_data(node: Node, href: str) -> dict[str, Any]:
@@ -26573,8 +26574,10 @@ def link_refusal(error: CloudError, request: Request) -> Response:
     if error.status == 401:
         title, text = say("This link has a password"), say("Whoever gave you the link knows it.")
         wrong = request.method == "POST"
-        parts = [H("form", H("input", name="user", autocomplete="username", value="link", hidden=True), H("label.field", H("span", say("Password")), H("input", type="password", name="password", autocomplete="current-password",
-                                                                          required=True, autofocus=True, aria_describedby="wrong" if wrong else None)),
+        password = H("input", type="password", name="password", autocomplete="current-password", required=True, autofocus=True,
+                     aria_describedby="wrong" if wrong else None)
+        parts = [H("form", H("input", name="user", autocomplete="username", value="link", hidden=True),
+                   H("label.field", H("span", say("Password")), password),
                    H("p.problem", say("This password is wrong."), id="wrong", role="alert") if wrong else "",
                    H("button.primary", say("Open")), method="post", action=request.href(request.path[:2]))]
     else:
@@ -30892,8 +30895,7 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
                                    "media-src 'self' blob:; frame-src blob:; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
                                    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; object-src 'none'" % (
                                        " ".join([source_hash(script), *parts.values()]), source_hash(style)),
-        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=()", **({"Content-Encoding": "gzip"} if packed else {})}
+        **PAGE_FIELDS, **({"Content-Encoding": "gzip"} if packed else {})}
 
 
 @route("GET", "/", "/setup", "/login", "/files/<path>", "/past/<path>", "/versions/<path>", "/starred", "/shared", "/trash", "/activity",
