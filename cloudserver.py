@@ -19552,9 +19552,10 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
             copying = Copying(Directory(to / "objects"))
             copying.target.create()
             copying.run(cloud.blobs.store, stored_objects(cloud.db))         # most of it, holding nothing
-            db.execute("BEGIN IMMEDIATE")
-            bad = {**copy_tables(db), **copying.bad}
+            db.execute("BEGIN")                                  # IMMEDIATE would keep everybody from writing to the other one, too
+            bad, renamed = copy_tables(db)
             copying.run(cloud.blobs.store, db.execute(OBJECTS))              # and what came meanwhile
+            keep_older(db, copying, renamed)
             db.execute("COMMIT")
             sync_directory(to)
             if db.execute("PRAGMA main.quick_check").fetchone() != ("ok",):
@@ -19631,10 +19632,10 @@ def identity_of(db: sqlite3.Connection, schema: str) -> Any:
     return row and row[0]
 
 
-def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
+def copy_tables(db: sqlite3.Connection) -> tuple[dict[str, str], dict[str, str]]:
     """Bring the tables of `main` to those of `live`; chunks and thumbnails that are there are not copied again.
 
-    returns  {hash: "damaged"} of chunks in rows that are
+    returns  ({hash: "damaged"} of chunks in rows that are, {hash: the object that was} of those that have another one now)
     """
     there = {name for (name,) in db.execute("SELECT name FROM main.sqlite_master")}
     for kind, name, sql in db.execute("SELECT type, name, sql FROM live.sqlite_master WHERE sql IS NOT NULL "
@@ -19646,18 +19647,34 @@ def copy_tables(db: sqlite3.Connection) -> dict[str, str]:
             db.execute(copy_rows(db, name))
     db.execute("PRAGMA main.user_version = %d" % (1 + len(MIGRATIONS)))
     db.execute("DELETE FROM main.chunk WHERE NOT EXISTS (SELECT 1 FROM live.chunk l WHERE l.hash = chunk.hash)")
+    for hash in damaged_rows(db, "main.chunk WHERE bad IS NOT NULL"):                # it may be whole again where it came from
+        db.execute("DELETE FROM main.chunk WHERE hash = ?", (hash,))
     new = "NOT EXISTS (SELECT 1 FROM main.chunk c WHERE c.hash = l.hash)"
-    bad = {hash: "damaged" for hash, data in db.execute("SELECT hash, data FROM live.chunk l WHERE data IS NOT NULL AND " + new)
-           if hashlib.sha256(data).hexdigest() != hash}
+    bad = {hash: "damaged" for hash in damaged_rows(db, "live.chunk l WHERE " + new)}
     db.execute(copy_rows(db, "chunk") + " l WHERE " + new)
+    renamed = dict(db.execute("SELECT c.hash, c.object FROM main.chunk c JOIN live.chunk l ON l.hash = c.hash WHERE c.object <> l.object"))
     db.execute("UPDATE main.chunk SET (object, at, condemned, bad) = (SELECT object, at, condemned, bad FROM live.chunk l "
                "WHERE l.hash = chunk.hash) WHERE (object, at, condemned, bad) IS NOT (SELECT object, at, condemned, bad "
                "FROM live.chunk l WHERE l.hash = chunk.hash)")
+    db.executemany("UPDATE main.chunk SET bad = coalesce(bad, at) WHERE hash = ?", [(hash,) for hash in bad])
     db.execute("DELETE FROM main.thumbnail WHERE NOT EXISTS (SELECT 1 FROM live.thumbnail l WHERE l.id = thumbnail.id "
                "AND l.home = thumbnail.home AND l.manifest = thumbnail.manifest)")
     db.execute(copy_rows(db, "thumbnail") + " l WHERE NOT EXISTS (SELECT 1 FROM main.thumbnail t WHERE t.id = l.id)")
     db.execute("DELETE FROM main.setting WHERE name IN (" + marks(OWN_SETTINGS) + ")", OWN_SETTINGS)
-    return bad
+    return bad, renamed
+
+
+def keep_older(db: sqlite3.Connection, copying: Copying, renamed: dict[str, str]) -> None:
+    """What came anew, and was damaged before it could be copied, is here as it was before."""
+    for hash in copying.bad.keys() & renamed.keys():
+        if read_object(copying.target, renamed[hash], hash)[1] is None:
+            db.execute("UPDATE main.chunk SET object = ? WHERE hash = ?", (renamed[hash], hash))
+            del copying.bad[hash]
+
+
+def damaged_rows(db: sqlite3.Connection, where: str) -> list[str]:
+    """Hashes of chunks whose bytes are in their rows, and are not what they should be."""
+    return [hash for hash, data in db.execute("SELECT hash, data FROM " + where + " AND data IS NOT NULL") if hashlib.sha256(data).hexdigest() != hash]
 
 
 OWN_SETTINGS = ("hold", "indexed", "folded", "read", "cut", "running", "unclean", "cloud", "objects", "mark", "sealed", "move")       # they say nothing of a copy
@@ -19707,7 +19724,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
                 arrival.fill(db.execute, {"cloud": id, "objects": place_of(config)})
                 arrival.open()
     except sqlite3.Error as error:
-        raise CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error)) from error
+        raise no_whole_backup(source, error) from error
     finally:
         db.close()
     if config.database:
@@ -19718,6 +19735,10 @@ def restore_backup(source: Path, config: Config) -> list[str]:
     log.warning(RESTORED)
     with closing(Cloud(config, how="open")) as cloud:
         return verify(cloud)
+
+
+def no_whole_backup(source: Path, error: sqlite3.Error) -> CloudError:
+    return CloudError("storage-failed", "%s is no whole backup (%s)" % (source, error))
 
 
 def clock_of(db: sqlite3.Connection) -> Clock:
@@ -19954,13 +19975,16 @@ UNKNOWN_CHUNKS = (  # chunks that files name and no row knows, with their sizes
 def look_in_backup(cloud: Cloud, source: Path, wanted: dict[str, int]) -> dict[str, Callable[[], bytes]]:
     """Which of some chunks {hash: bytes} a backup or data directory has whole."""
     store, found = Directory(source / "objects"), {}
-    with opened_to_read(source / "cloud.db") as db:
-        for hash in wanted:
-            for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
-                if name and read_object(store, name, hash)[1] is None:
-                    found[hash] = partial(lambda name, hash: read_object(store, name, hash)[0], name, hash)
-                elif data is not None and hashlib.sha256(data).hexdigest() == hash:
-                    found[hash] = partial(bytes, data)
+    try:
+        with opened_to_read(source / "cloud.db") as db:
+            for hash in wanted:
+                for name, data in db.execute("SELECT object, data FROM chunk WHERE hash = ?", (hash,)):
+                    if name and read_object(store, name, hash)[1] is None:
+                        found[hash] = partial(lambda name, hash: read_object(store, name, hash)[0], name, hash)
+                    elif data is not None and hashlib.sha256(data).hexdigest() == hash:
+                        found[hash] = partial(bytes, data)
+    except sqlite3.Error as error:
+        raise no_whole_backup(source, error) from error
     return found
 
 

@@ -16882,6 +16882,166 @@ def test_a_killed_backup_or_restore_goes_on(make_cloud, tmp_path, rng):
     assert tree(second, second.accounts.principal("ann")) == contents
 
 
+class Keeper:
+    """A cloud whose disk rots, and somebody who backs it up to two places, verifies, repairs, cleans up, restores, and is interrupted.
+
+    held    what the newest state in a place is: (files, hashes of chunks that are whole there), or several, of which it is one
+    hurt    hashes of chunks that are not whole in the cloud
+    """
+
+    def __init__(self, make_cloud, tmp_path, rng, fake):
+        self.cloud, self.tmp_path, self.rng, self.fake = make_cloud(clock=fake.clock()), tmp_path, rng, fake
+        self.ann, self.files, self.hurt, self.held, self.count = account(self.cloud), {}, set(), {}, itertools.count()
+        self.pool = [random_bytes(size) for size in (0, 10, 10, 5_000, 70_000, 90_000, 300_000)]
+        self.finished, self.torn, self.done = set(), set(), []
+
+    def whole(self):
+        return {hash for hash, in self.cloud.db.read("SELECT hash FROM chunk")} - self.hurt
+
+    def is_whole(self, hash):
+        (name, data), = self.cloud.db.read("SELECT object, data FROM chunk WHERE hash = ?", (hash,)) or [(None, None)]
+        if name is None:
+            return data is not None and chunk(bytes(data))[0] == hash
+        return cs.read_object(self.cloud.blobs.store, name, hash)[1] is None
+
+    def look(self):
+        self.hurt = {hash for hash in self.hurt if not self.is_whole(hash) and self.cloud.db.read("SELECT 1 FROM chunk WHERE hash = ?", (hash,))}
+
+    # ---- steps
+
+    def change(self):
+        for _ in range(self.rng.randrange(1, 8)):
+            name, verb = "f%d" % self.rng.randrange(12), self.rng.choice(["new", "new", "same", "delete"])
+            if verb == "delete":
+                outcome(self.cloud.files.delete, self.ann, (name,))
+                self.files.pop(name, None)
+            else:
+                data = self.rng.choice(self.pool) if verb == "same" else random_bytes(self.rng.choice([10, 5_000, 70_000]))
+                put(self.cloud, self.ann, name, data)
+                self.files[name] = data
+        self.look()                              # the same bytes once more may have made it whole
+
+    def rot(self):
+        rows = self.cloud.db.read("SELECT hash, object, data FROM chunk WHERE size > 0 ORDER BY hash")
+        if rows:
+            hash, name, data = self.rng.choice(rows)
+            if name is None:
+                self.cloud.db.run(Statement("UPDATE chunk SET data = ? WHERE hash = ?", (damaged(bytes(data)), hash)))
+            else:
+                place = object_at(self.cloud, name)
+                self.rng.choice([lambda: flip(place), partial(place.unlink, missing_ok=True), lambda: os.truncate(place, 10)])() if place.exists() else None
+            self.hurt.add(hash)
+            self.look()                          # twice is not at all
+
+    def clean_up(self):
+        outcome(self.cloud.trash.empty, self.ann)
+        self.fake.pass_(self.rng.choice([0, cs.HOUR, 3 * cs.DAY]))
+        upkeep = cs.Upkeep(self.cloud)
+        assert upkeep.hold()
+        upkeep.expire(), upkeep.thinning.mark_age(), upkeep.thinning.thin(), upkeep.thinning.purge(), upkeep.sweep.run(), upkeep.release()
+        self.look()
+
+    def verify(self):
+        wrong = {line.split(": ")[1] for line in cs.verify(self.cloud) if ", version of" not in line and "nothing refers" not in line}
+        assert wrong == {name for name, data in self.files.items() if chunk(data)[0] in self.hurt}
+
+    def repair(self):
+        place = self.rng.choice("ab")
+        if self.held.get(place):
+            with self.unless_unfinished(place):
+                cs.heal(self.cloud, cs.find_healing(self.cloud, self.tmp_path / place))
+            self.look()
+
+    def back_up(self):
+        place, left, now = self.rng.choice("ab"), [self.rng.choice([1, 2, 3, 5, 8, 13, 21, 10_000])], []
+        states = self.held.get(place, [])
+        before = set.intersection(*(whole for _, whole in states)) if states else set()
+
+        def counting(act):
+            def counted(*rest):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Crash
+                return act(*rest)
+            return counted
+
+        def copy_tables(db, copy=cs.copy_tables):
+            """The moment of which it is: much goes on before and after it."""
+            self.meanwhile()
+            now[:] = [(dict(self.files), self.whole(), {hash for hash, in self.cloud.db.read("SELECT hash FROM chunk")})]
+            bad = copy(db)
+            self.meanwhile()
+            return bad
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cs, "copy_tables", copy_tables)
+            for home, name in (cs, "copy_tables"), (cs, "prune_objects"), (cs, "sync_directory"), (cs.Directory, "put"), (cs.Directory, "delete"):
+                patch.setattr(home, name, counting(getattr(home, name)))
+            try:
+                _, _, wrong = cs.back_up(self.cloud, self.tmp_path / place)
+            except Crash:
+                self.torn.add(place)             # and it may hold more than is said in `held`
+                self.held[place] = [*states, *((files, whole) for files, whole, _ in now)]
+                return
+        (files, whole, there), = now
+        whole |= before & there
+        told = {line.split(": ")[1] for line in wrong if ", version of" not in line and "nothing refers" not in line and "(deleted)" not in line}
+        same = {name for name, data in files.items() if self.files.get(name) == data}
+        lacking = {name for name in same if chunk(files[name])[0] not in whole}
+        assert told & same <= lacking and (place in self.torn or lacking <= told), self.done[-30:]
+        self.torn.discard(place)
+        self.held[place] = [(files, whole)]
+        self.finished.add(place)
+
+    def meanwhile(self):
+        self.rng.choice([self.change, self.clean_up, lambda: None])()
+
+    def restore(self):
+        place, target = self.rng.choice("ab"), self.tmp_path / ("restored%d" % next(self.count))
+        states = self.held.get(place, [])
+        if not states:
+            return
+        with self.unless_unfinished(place):
+            cs.restore_backup(self.tmp_path / place, Config(data=target))
+        if not (target / "cloud.db").exists():
+            return
+        with contextlib.closing(Cloud(Config(data=target))) as again:
+            back = again.accounts.principal("ann")
+            found = {child: outcome(get, again, back, child) for child in [child.name for child in self.children(again, back)]}
+            audit(again)
+        assert any(found.keys() == files.keys() and all(found[name] == data or found[name] == "storage-failed" and chunk(data)[0] not in whole for name, data in files.items())
+                   for files, whole in states), self.done[-30:]
+        shutil.rmtree(target)
+
+    def children(self, cloud, who):
+        with cloud.files.listing(who, ()) as (node, now):
+            return list(now.children(node.node))
+
+    @contextlib.contextmanager
+    def unless_unfinished(self, place):
+        """The first backup to a place that was broken off holds nothing, and says so."""
+        try:
+            yield
+        except CloudError as error:
+            assert place not in self.finished and error.kind in ("storage-failed", "not-found"), self.done[-30:]
+
+    STEPS = [(10, change), (4, rot), (3, clean_up), (1, verify), (2, repair), (6, back_up), (3, restore)]
+
+    def step(self):
+        weights, steps = zip(*self.STEPS)
+        act = self.rng.choices(steps, weights)[0]
+        self.done.append(act.__name__)
+        act(self)
+
+
+@pytest.mark.parametrize("steps", [60, pytest.param(int(os.environ.get("ROUNDS") or 2000), marks=pytest.mark.slow)])
+def test_whatever_rots_a_backup_is_what_it_says(make_cloud, tmp_path, rng, fake, monkeypatch, steps):
+    """S5, S6, R26: what a backup named as damaged is missing when it is restored, or less; all else is as it was; and what is whole again comes into the next one."""
+    monkeypatch.setattr(cs, "sync_file", lambda fd: None)
+    keeper = Keeper(make_cloud, tmp_path, rng, fake)
+    for _ in range(steps):
+        keeper.step()
+
+
 def test_a_backup_that_was_killed_as_it_commits_is_the_one_before(make_cloud, tmp_path, monkeypatch):
     """S5, S20: its tables are half written, and only its journal knows what they were; who reads it sees that, and leaves it as it is."""
     cloud, killed = make_cloud(), tmp_path / "killed"
@@ -16913,6 +17073,26 @@ def test_a_backup_that_was_killed_as_it_commits_is_the_one_before(make_cloud, tm
     assert cs.back_up(cloud, killed)[2] == [] and cs.restore_backup(killed, Config(data=tmp_path / "after")) == []
     after = make_cloud(name="after")
     assert tree(after, after.accounts.principal("ann")) == tree(cloud, ann)
+
+
+def test_who_writes_does_not_wait_for_a_backup(make_cloud, tmp_path, monkeypatch):
+    """Neither while it copies the tables, nor when it ends by an error; and it is of the moment when that began."""
+    cloud, copy_tables = make_cloud(), cs.copy_tables
+    ann = account(cloud)
+    put(cloud, ann, "f", "before")
+
+    def copying(db):
+        told = copy_tables(db)
+        put(cloud, ann, "f", "after")
+        return told
+    monkeypatch.setattr(cs, "copy_tables", copying)
+    began = time.monotonic()
+    cs.back_up(cloud, tmp_path / "backup")
+    monkeypatch.setattr(cs, "copy_tables", Mock(side_effect=CloudError("storage-failed")))
+    assert outcome(cs.back_up, cloud, tmp_path / "backup") == "storage-failed" and time.monotonic() - began < 25
+    assert cs.restore_backup(tmp_path / "backup", Config(data=tmp_path / "restored")) == [] and get(cloud, ann, "f") == b"after"
+    restored = make_cloud(name="restored")
+    assert get(restored, restored.accounts.principal("ann"), "f") == b"before"
 
 
 @of_sqlite("it is a file")
