@@ -20937,19 +20937,26 @@ class Folder:
             about = entry.stat(follow_symlinks=False)
             if os.name == "nt" and is_directory:
                 about = os.lstat(self.place(path))       # scandir knows no inode there
-        except OSError:
+            why = why_not_a_file(about) or why_not_a_name(entry.name, path)
+        except FileNotFoundError:
             return None                          # it went while we looked
-        why = why_not_a_file(about) or why_not_a_name(entry.name, path)
+        except OSError as error:
+            why = "cannot be read: %s" % error.strerror
         if why:
             scan.blocked[self.key(path)] = Block(path, why)
             return None
         return about
 
-    def look(self, path: str) -> Here | None:
-        """One file or directory as it is now."""
+    def look(self, path: str, *, sure: bool = False) -> Here | None:
+        """One file or directory as it is now; None if there is none.
+
+        sure    raises OSError if that cannot be told
+        """
         try:
             about = os.lstat(self.place(path))
-        except OSError:
+        except OSError as error:
+            if sure and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise
             return None
         return None if why_not_a_file(about) else here_of(path, about)
 
@@ -21024,7 +21031,7 @@ class Folder:
     def settle(self, file: Temporary, path: str, expected: Here | None, base: Base | None) -> Here | None:
         """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
         self.prove(path)
-        if not is_like_here(self.look(path), expected):
+        if not is_like_here(self.look(path, sure=True), expected):
             return None
         if expected and not (base and self.content(path, base) == base.content and is_like_here(self.look(path), expected)):
             return None
@@ -23055,8 +23062,8 @@ class Downloader:
             memory.take_away(keys)
         for key in reversed(keys):
             base, seen = memory.base[key], self.session.scan.here[key]
-            here = self.folder.look(seen.path)
             with self.session.forgiving(seen.path):
+                here = self.folder.look(seen.path, sure=True)
                 if here is not None and (here.kind != seen.kind or not self.folder.remove(seen.path, here, base)):
                     if here.kind and seen.kind:
                         self.session.passed[seen.path] = "stays, for it holds files that are left out"

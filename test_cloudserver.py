@@ -21835,6 +21835,46 @@ def test_no_brake_takes_a_move_across_homes_for_a_deletion(shared_laptop, cloud,
     assert cloud.brake.held(bob) == cloud.brake.held(ann) == []
 
 
+@pytest.mark.parametrize("when", ["before the scan", "after it"])
+@pytest.mark.parametrize("there", ["as it was", "gone", "changed"])
+def test_what_cannot_be_seen_is_not_gone(laptop, cloud, ann, monkeypatch, there, when):
+    """Law 2, 7: a directory whose names can be read and nothing else, or a disk that fails; not even where the same bytes turn up elsewhere."""
+    one, two = laptop("one"), laptop("two")
+    one.write("d/a", "the same"), one.write("d/b", "b")
+    one.run(), two.run()
+    os.makedirs(one.path / "e"), shutil.copy2(one.path / "d/a", one.path / "e/copy")
+    if there != "as it was":
+        cloud.files.delete(ann, ("d", "a")) if there == "gone" else put(cloud, ann, "d/a", "theirs")
+    lstat, entries, denied = os.lstat, cs.Folder._entries, OSError(errno.EACCES, "Permission denied")
+
+    def hidden(path):
+        return Path(path).parent == one.path / "d"
+
+    def seen(folder, above, device):
+        for entry in entries(folder, above, device):
+            yield types.SimpleNamespace(name=entry.name, is_dir=entry.is_dir, stat=Mock(side_effect=denied)) if hidden(one.path / above.path / entry.name) else entry
+    with monkeypatch.context() as patch:
+        client = one.start()
+
+        def hide():
+            patch.setattr(os, "lstat", lambda path, **how: (_ for _ in ()).throw(denied) if isinstance(path, str) and hidden(path) else lstat(path, **how))
+        if when == "before the scan":
+            patch.setattr(cs.Folder, "_entries", seen), hide()
+        else:
+            execute = client._execute
+            patch.setattr(client, "_execute", lambda plan: (hide(), execute(plan)))
+        tally = client.run()
+        one.problems = dict(client.session.problems)
+        one.stop()
+    assert (tally.deleted_here, tally.deleted_there, tally.downloaded) == (0, 0, 0)
+    assert when == "after it" or {"d/a", "d/b"} <= one.problems.keys() and not tally.moved
+    assert one.read("d/a") == b"the same" and one.read("e/copy") == b"the same"
+    one.run(), two.run()
+    want = {"d": None, "d/b": b"b", "e": None, "e/copy": b"the same", **{"as it was": {"d/a": b"the same"}, "changed": {"d/a": b"theirs"}, "gone": {}}[there]}
+    assert one.tree() == two.tree() == tree(cloud, ann) == want
+    assert one.run().work() == two.run().work() == 0
+
+
 # ---- two laptops, a page and crashes
 
 class Crash(BaseException):
