@@ -3,6 +3,7 @@
 
     python3 test_cloudserver.py                 all but the slow ones, in one process more than there are cores: now and then a test waits
     python3 test_cloudserver.py -m slow         the slow ones, one by one: crash loops, large files, a million nodes
+    python3 test_cloudserver.py -m "slow or last" --processes 2          ... two at once, as most of them wait for something
     python3 test_cloudserver.py -k x --pdb      further words are pytest's; --processes 1 runs all in this one process
     SEED=random python3 test_cloudserver.py -k x   with other randomness than each test's own; SEED=123 with that of an earlier run
     TEST_DATABASE=postgres python3 test_cloudserver.py    with the rows of all clouds in a PostgreSQL that is started for it
@@ -29165,6 +29166,7 @@ WATCH = """window.watched = {paint: [], shift: [], long: []};
 
 
 @slow
+@pytest.mark.last                                # when no other test is run beside it
 def test_browser_draws_soon_and_keeps_still(page):
     """Ten thousand entries, opened and scrolled: what the reader waits for.  The bounds are generous, as machines are."""
     for n in range(10_000):
