@@ -24174,6 +24174,8 @@ const tick = (label, about) => h("label.tick", {}, h("input", {type: "checkbox",
 const choice = (label, name, rows, value, about) => h("select", {name, "aria-label": t(label), ...about},
   Object.entries(rows).map(([key, words]) => h("option", {value: key, selected: key === value}, t(words))));
 const find = (selector, within = document) => within.querySelector(selector);
+// a click for which browsers have a use of their own: in a new tab, in a new window, to save
+const isSpecial = ({button, metaKey, ctrlKey, shiftKey, altKey}) => button || metaKey || ctrlKey || shiftKey || altKey;
 const isPhone = matchMedia("(max-width: 45rem)");
 const isMetered = () => Boolean(navigator.connection?.saveData || navigator.connection?.type === "cellular");
 
@@ -24902,6 +24904,9 @@ function drawQueue() {
   if (phase !== queue.phase) said.textContent = title.textContent;
   queue.phase = phase;
 }
+
+// how far the uploads are: it stands first in the title, which is all that a tab in the background shows
+const percentWords = () => queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ";
 
 function queueWords(phase, count, n) {
   const values = {done: (count.done || 0) + (count.there || 0), n, percent: queue.percent};
@@ -26240,8 +26245,7 @@ function showHash() {
 
 function onEntryClick(event) {
   const anchor = event.target.closest(".entries .name"), row = anchor && anchor.closest("li");
-  if (!row || isCounted || row.dataset.kind !== "file" || event.ctrlKey || event.metaKey || event.shiftKey
-    || event.button) return;
+  if (!row || isCounted || row.dataset.kind !== "file" || isSpecial(event)) return;
   event.preventDefault();
   view.inside = true;
   location.hash = encodeURIComponent(row.dataset.name);
@@ -26270,7 +26274,7 @@ function setTitle(text) {
 }
 
 function drawTitle() {
-  document.title = (queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ") + view.title;
+  document.title = percentWords() + view.title;
 }
 
 // a link to one file shows that by itself, where the server could not
@@ -27242,7 +27246,7 @@ function showSetup() {
     t("Choose a name and a password for the first account. It may do everything, also make further accounts."),
     [nameField(), password, again], t("Create account"), async values => {
       if (values.password !== values.again)
-        throw new Problem(0, {code: "bad-request", detail: "The two passwords differ."});
+        throw trouble("bad-request", "The two passwords differ.");
       await api("POST", "setup", {token, name: values.name.trim(), password: values.password});
       history.replaceState(null, "", addressOf(""));
       await start();
@@ -27410,10 +27414,8 @@ function setTitle(text) {
   if (heading) heading.textContent = view.title;
 }
 
-// how far the uploads are stands first: it is all that a tab in the background shows
 function drawTitle() {
-  const percent = queue.percent === null ? "" : t("{n} %", {n: queue.percent}) + " – ";
-  document.title = percent + view.title + " – cloudserver";
+  document.title = percentWords() + view.title + " – cloudserver";
 }
 
 const withSlashes = parts =>
@@ -27563,9 +27565,7 @@ async function onPop() {
 
 function onLinkClick(event) {
   const target = event.target.closest && event.target.closest("a[href]");
-  if (!target || event.defaultPrevented || event.button || event.metaKey || event.ctrlKey || event.shiftKey
-    || event.altKey)
-    return;
+  if (!target || event.defaultPrevented || isSpecial(event)) return;
   if (target.origin !== location.origin || target.hasAttribute("download") || target.target
     || target.getAttribute("href")[0] === "#")
     return;
@@ -28091,10 +28091,11 @@ async function showFiles(address) {
   if (isFile && turn === view.turn && preview.box) find(".foot").replaceWith(previewFoot(preview.entry));
 }
 
+const isListed = kind => view.kind === kind && list.box?.isConnected;
+
 // is the address one of a file in the list that is on the screen?
 function showInside(path, kind, at) {
-  if (view.kind !== kind || view.at !== at || !list.box || !list.box.isConnected || !path
-    || parentOf(path) !== view.path) return false;
+  if (!isListed(kind) || view.at !== at || !path || parentOf(path) !== view.path) return false;
   const entry = list.entries.find(one => one.kind === "file" && one.path === path);
   if (entry) openPreview(entry);
   return Boolean(entry);
@@ -28107,7 +28108,7 @@ const order = () => ({sort: sorting.by in SORTS && sorting.by !== "deleted" ? so
 const loadFirst = path => load(path, {limit: 300, ...order()});
 
 async function enterCollection(answer, turn) {
-  const same = view.kind === "files" && view.path === answer.path && list.box && list.box.isConnected;
+  const same = isListed("files") && view.path === answer.path;
   const {path, etag, rights, owner} = answer;
   Object.assign(view, {kind: "files", path, at: null, etag, answer, rights, owner});
   if (!preview.box) setTitle(answer.name || t("Files"));
@@ -28284,7 +28285,8 @@ const ACTIONS = [
    when: items => view.kind === "trash" && items.length > 0, run: restoreItems},
   {name: "purge", label: "Delete for good", on: "items", prime: true, keys: "Delete",
    when: items => view.kind === "trash" && items.length > 0, run: purgeItems},
-  {name: "undo", label: "Undo", on: "page", keys: "Ctrl+Z", when: () => undoable.length > 0, run: undoLast},
+  {name: "undo", label: "Undo", on: "page", keys: "Ctrl+Z", when: () => undoable.length > 0,
+   run: () => undo(undoable.pop())},
   {name: "find", label: "Search", on: "page", keys: "/", when: () => true, run: () => find(".search input").focus()},
   {name: "clear", label: "Clear the selection", on: "page", keys: "Escape",
    when: () => list.selected.size > 0, run: clearSelection},
@@ -28382,10 +28384,6 @@ function offerUndo(text, {seq, undo: steps = [{seq, path: mountOf(view.path)?.pa
   undoable.push(steps);
   const take = () => undo(undoable.splice(undoable.indexOf(steps), 1)[0] || steps);
   toast(text, {label: t("Undo"), run: () => attempt(take)});
-}
-
-function undoLast() {
-  return undo(undoable.pop());
 }
 
 async function undo(steps) {
@@ -29037,7 +29035,7 @@ function diffView(old, now) {
 async function showTrash() {
   const turn = view.turn, {items, next} = await api("GET", "trash");
   if (turn !== view.turn) return;
-  const same = view.kind === "trash" && list.box && list.box.isConnected;
+  const same = isListed("trash");
   enterView("trash", t("Trash"));
   if (!same) setContent(h("p.hint", {},
     t("Deleted things stay here until their time is over or the trash is emptied.")),
@@ -29089,7 +29087,7 @@ async function showStarred() {
 
 // a list of things from many places; above: what stands over it, for things in the order of the server
 function showFound(kind, title, items, empty, above) {
-  const same = view.kind === kind && list.box?.isConnected;
+  const same = isListed(kind);
   enterView(kind, title);
   if (!same) setContent(above, ...makeList({columns: ["mtime", "size"], sortable: !above, empty}));
   list.empty = empty;
@@ -29108,8 +29106,7 @@ async function star(items, starred) {
 // ---- search: what is looked for stands in the address
 
 const KIND_WORDS = {image: "Images", video: "Videos", audio: "Music", pdf: "PDF", document: "Documents", text: "Texts",
-  table: "Tables",
-                    archive: "Archives", collection: "Folders"};
+  table: "Tables", archive: "Archives", collection: "Folders"};
 const WITHIN = {"": "Names and contents", names: "Names only", contents: "Contents only"};
 const SIZES = {"": "Any size", "under-1m": "Under 1 MB", "over-10m": "Over 10 MB", "over-100m": "Over 100 MB",
   "over-1g": "Over 1 GB"};
@@ -29225,8 +29222,7 @@ const ACTIVITY = {
 };
 
 async function showActivity() {
-  const turn = view.turn, asked = Object.fromEntries(new URLSearchParams(location.search)),
-    {action, device, after, until, path} = asked, mount = mountOf(path || "");
+  const turn = view.turn, values = asked(), {action, device, after, until, path} = values, mount = mountOf(path || "");
   const time = (day, hour) => day && new Date(day + hour).toISOString();
   const get = before => api("GET", "activity", {limit: 100, grouped: 1, action, device, before, path,
      after: time(after, "T00:00"), until: time(until, "T23:59:59.999")});
@@ -29249,7 +29245,7 @@ async function showActivity() {
   };
   addSteps(steps);
   same ? same.replaceWith(box) : setContent(stepFilters(devices), box);
-  for (const one of find(".limits").elements) one.value = asked[one.name] || "";
+  for (const one of find(".limits").elements) one.value = values[one.name] || "";
 }
 
 // what is looked for stands in the address
@@ -29375,7 +29371,7 @@ async function showPast(moment, address) {
 const isRewindable = () => ["create", "update", "delete"].every(right => allows(view.rights, right));
 
 const absent = error => {
-  if (error.code !== "not-found" && error.code !== "gone") throw error;
+  if (!isGone(error)) throw error;
   return {children: [], changes: [], count: 0};
 };
 
