@@ -9749,21 +9749,18 @@ class Plan:
 
     # ---- what must hold before a step
 
-    def admit(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
-        """Check conditions and locks for a change of what is at a path, or of what shall be there."""
-        if given is not ANY:
-            self.check_conditions(place, path, given)
+    def admit(self, place: Place, path: tuple[str, ...], given: Preconditions, **how: bool) -> None:
+        """Check conditions and locks for a change of what is at a path, or of what shall be there; `how` is for Locks.check."""
+        self.check_conditions(place, path, given)
         if place.locked:
-            self.tree.locks.check(self.who, place, given)
+            self.tree.locks.check(self.who, place, given, **how)
 
     def _admit_removal(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
         """What must hold for a node to leave its place."""
         place.found()
         if place.is_top:
             raise CloudError("forbidden", "the root stays where it is" if not path else "what is shared with you stays where it is")
-        self.check_conditions(place, path, given)
-        if place.locked:
-            self.tree.locks.check(self.who, place, given, below=True, member=True)
+        self.admit(place, path, given, below=True, member=True)
 
     def check_conditions(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
         """Refuse unless what a request demands of the present state holds; guards restate it (R14)."""
@@ -12932,7 +12929,7 @@ class Sync:
         id, digest = wanted.op_of(who)
         for seq, known, result in self.db.read("SELECT seq, digest, result FROM op WHERE id = ?", (id,)):
             if known != digest:
-                raise CloudError("op-reused", "this operation id was used for something else")
+                raise Replayed(seq, False)
             return seq, [with_seq(item, seq) for item in json.loads(result)]
         return None
 
