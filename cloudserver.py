@@ -798,6 +798,14 @@ def parse_pairs(query: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def parse_boundary(text: str) -> bytes:
+    """What stands between the parts of a body, as its Content-Type says (RFC 2046 s5.1.1).  raises CloudError bad-request"""
+    found = re.search(r'boundary="?([^";\s]{1,200})"?', text)
+    if not found:
+        raise CloudError("bad-request", "the body has no parts")
+    return found[1].encode("latin-1")
+
+
 _FORM_VALUE = re.compile(r';\s*(name|filename)="((?:[^"\\]|\\.)*)"', re.I)
 
 
@@ -12718,8 +12726,7 @@ class Asked(NamedTuple):
 def asked_by(step: dict[str, Any]) -> Asked:
     try:
         paths = [split_path(step[name]) for name in (*COMMIT_STEPS, "to") if name in step]
-        return Asked(step, paths) if paths and paths[0] else Asked(step, (), CloudError(
-            "forbidden", "the root stays as it is") if paths else CloudError("bad-request", "a step is a put, mkdir, move or delete"))
+        return Asked(step, paths) if paths[0] else Asked(step, (), CloudError("forbidden", "the root stays as it is"))
     except CloudError as error:
         return Asked(step, (), error)
 
@@ -17517,11 +17524,8 @@ def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[
 @route("POST", "/remote.php/dav/bulk", needs="write", refuse=nc_error)
 def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Files as parts of a multipart/related body; each is stored or refused by itself."""
-    found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields.get("content-type", ""))
-    if not found:
-        raise CloudError("bad-request", "this is not multipart/related")
     lead = partial(lead_to_mounts, cloud.tree, who, request.body)
-    answer, files = {}, read_bulk(request.body, found[1].encode("latin-1"), lead)
+    answer, files = {}, read_bulk(request.body, parse_boundary(request.fields.get("content-type", "")), lead)
     for place, outcome in cloud.files.write_each(who, itertools.islice(files, PAGE_LIMIT)):
         answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
             "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
@@ -26788,10 +26792,7 @@ def link_post(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 
 def read_files(request: Request) -> Iterator[tuple[str, Body]]:
     """(name, bytes) of the files in a form."""
-    found = re.search(r'boundary="?([^";\s]{1,200})"?', request.fields["content-type"])
-    if not found:
-        raise CloudError("bad-request", "this is not multipart/form-data")
-    for fields, part in Multipart(request.body, found[1].encode("latin-1")).parts(PAGE_LIMIT):
+    for fields, part in Multipart(request.body, parse_boundary(request.fields["content-type"])).parts(PAGE_LIMIT):
         name, file = parse_form_field(fields.get("content-disposition", ""))
         if name == "file" and file:
             check_name(file)
