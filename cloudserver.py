@@ -8024,8 +8024,7 @@ LINE = (  # a live node and what holds it, upwards: :node
     "WITH RECURSIVE up (id, above, level) AS (SELECT node, parent, 0 FROM entry WHERE node = :node AND until IS NULL "
     "UNION ALL SELECT e.node, e.parent, level + 1 FROM up JOIN entry e ON e.node = up.above AND e.until IS NULL) "
     + entries_now("e.node = up.id", source="up CROSS JOIN entry e") + " ORDER BY up.level")
-SOME = ["n%d" % n for n in range(50)]
-ONE_OF_SOME = "e.node IN (:%s)" % ", :".join(SOME)
+LOADED = {count: ["n%d" % n for n in range(count)] for count in (50, PIECE)}       # how many are asked for at a time, few or many, and by what names
 IN_ORDER = "e.parent = :parent AND e.key > :after", NODE + ", e.key AS key"      # what a collection holds, and what it is sorted by
 
 
@@ -8045,6 +8044,12 @@ PROPERTIES_OF = (  # of node :node and of what it holds now.  CROSS keeps the or
     "SELECT s.node, :star, :starred FROM entry e CROSS JOIN star s ON s.account = :account AND s.node = e.node WHERE e.parent = :node AND e.until IS NULL")
 Seen = Callable[["Moment"], List["Grant"]]               # which mounts a Moment goes on at
 SharedBy = Tuple[str, frozenset]  # of a mount: (its owner, the rights to it); ("", rights) of what within one another share adds rights to
+
+
+def is_among(column: str, ids: list[int]) -> tuple[str, dict[str, int]]:
+    """The condition that a column is one of some ids, PIECE at most, and its parameters: in one of two lengths, so that statements are the same again."""
+    names = next(names for count, names in sorted(LOADED.items()) if count >= len(ids))
+    return "%s IN (:%s)" % (column, ", :".join(names)), dict(zip(names, ids + ids[:1] * len(names)))
 
 
 class Moment:
@@ -8109,12 +8114,52 @@ class Moment:
 
         floor   as in __init__, of what the mount shows that it lies in
         """
+        return itertools.chain.from_iterable(self._pages(id, floor))
+
+    def _pages(self, id: int, floor: int = 0) -> Iterator[list[Node]]:
         where, columns = IN_ORDER
         after: str | None = ""
         while after is not None:
             rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit", bool(self.mounts)))
-            yield from self._shown([Node._make(row[:-1]) for row in rows], floor)
+            yield self._shown([Node._make(row[:-1]) for row in rows], floor)
             after = rows[-1][-1] if len(rows) == PIECE else None
+
+    def children_of(self, ids: Sequence[int]) -> Iterator[Node]:
+        """What some collections hold, in no order: those that hold little are read together."""
+        at, count = 0, PIECE
+        while at < len(ids):
+            some = ids[at:at + count]
+            found = self._held(some) if len(some) > 1 else None
+            if found is None and len(some) > 1:
+                count = len(some) // 2
+                continue
+            yield from self.children(*some) if found is None else itertools.chain.from_iterable(found.values())
+            at, count = at + len(some), min(PIECE, 2 * count)
+
+    def _held(self, ids: Sequence[int]) -> dict[int, list[Node]] | None:
+        """What some collections hold, PIECE of them at most, in the order of names; None if that is more than PIECE."""
+        where, params = is_among("e.parent", list(ids))
+        rows = list(self._select(where, {**params, "limit": PIECE + 1}, IN_ORDER[1], " LIMIT :limit", bool(self.mounts)))
+        if len(rows) > PIECE:
+            return None
+        found: dict[int, list[Node]] = {id: [] for id in ids}
+        for row in sorted(rows, key=lambda row: row[-1]):
+            found[row[4]].append(Node._make(row[:-1]))
+        return found
+
+    def _read_ahead(self, ids: list[int], known: dict[int, list[Node]]) -> None:
+        """Note what the first of some collections hold, and those in them, and so on, about PIECE nodes in all."""
+        left = PIECE
+        while ids and left > 0:
+            found = self._held(ids[:PIECE])
+            if found is None and left < PIECE:
+                break
+            if found is None:
+                ids = ids[:min(PIECE, len(ids)) // 2]
+                continue
+            known.update(found)
+            nodes = list(itertools.chain.from_iterable(found.values()))
+            left, ids = left - max(1, len(nodes)), [node.node for node in nodes if node.kind]
 
     def page(self, id: int, order: str, start: int, limit: int) -> list[Node]:
         """Some of what a collection holds now; `order` is made of SORTS."""
@@ -8140,23 +8185,30 @@ class Moment:
 
         missed   told of each collection that cannot be read, and of why; without it that ends the walk
         """
+        known: dict[int, list[Node]] = {}                # what collections hold that were read ahead
         floor = self.floor_at(id)
-        pending = [(path, floor, self.children(id, floor))]
+        pending: list[tuple[tuple[str, ...], int, Iterator[list[Node]], deque[Node]]] = [(path, floor, filter(None, self._pages(id, floor)), deque())]
         while pending:
-            above, floor, nodes = pending[-1]
+            above, floor, pages, nodes = pending[-1]
             try:
-                node = next(nodes, None)
+                nodes.extend(() if nodes else next(pages, ()))
             except CloudError as error:
                 if missed is None:
                     raise
-                node = missed(above, error)
-            if node is None:
+                missed(above, error)
+            if not nodes:
                 pending.pop()
                 continue
+            node = nodes.popleft()
             yield above + (node.name,), node
             if node.kind:
                 floor = self._grants[node.node].seq if self._grants and node.node in self._grants else floor
-                pending.append((above + (node.name,), floor, self.children(node.node, floor)))
+                if node.node not in known:
+                    with suppress(CloudError):           # it is met again where it is told of
+                        self._read_ahead([node.node, *(one.node for one in nodes if one.kind and one.node not in known)], known)
+                held = known.pop(node.node, None)
+                pages = self._pages(node.node, floor) if held is None else iter([self._shown(held, floor)])
+                pending.append((above + (node.name,), floor, filter(None, pages), deque()))
 
     def line(self, id: int | None) -> Iterator[int]:
         """A node and what held it, upwards, even if that hung nowhere."""
@@ -8236,9 +8288,8 @@ class Moment:
         ids = list(set(ids).difference(self._nodes))
         while ids:
             self._nodes.update(dict.fromkeys(ids))
-            for some in pieces(ids, len(SOME)):
-                found = map(Node._make, self._select(ONE_OF_SOME, dict(zip(SOME, some + some[:1] * len(SOME)))))
-                self._nodes.update((node.node, node) for node in found)
+            for some in pieces(ids):
+                self._nodes.update((node.node, node) for node in map(Node._make, self._select(*is_among("e.node", some))))
             ids = list({self._parent(id) for id in ids}.difference(self._nodes, [None]))
 
     # ---- what belongs to a node and to its children, as it is now
@@ -8276,6 +8327,63 @@ class Moment:
             found.update(self.read("SELECT t.home, t.manifest FROM entry e JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest "
                                    "WHERE e.node IN (" + marks(some) + ") AND e.until IS NULL", some))
         return found
+
+
+class Stay(NamedTuple):
+    """What a node was in [since, until)."""
+    since: int
+    until: int                   # NOW if it is so still
+    parent: int | None
+    name: str
+    rev: int
+
+
+NOW = 1 << 62                    # beyond every seq
+
+
+class Stays:
+    """Where some nodes were, a page of them: what a Moment tells of one moment, of any number of moments."""
+
+    def __init__(self, read: Read, ids: Iterable[int], after: int = 0, *, purged: bool = False) -> None:
+        """
+        after    nothing is asked of up to this seq
+        purged   as in Moment
+        """
+        self._stays: dict[int, list[Stay]] = {}
+        while ids:
+            ids = list(set(ids).difference(self._stays, [None]))
+            self._stays.update((id, []) for id in ids)
+            for some in pieces(ids):
+                where, params = is_among("e.node", some)
+                for id, *row in read("SELECT e.node, e.since, :now, e.parent, e.name, e.rev FROM entry e WHERE %(one)s AND e.until IS NULL UNION ALL "
+                                     "SELECT e.node, e.since, e.until, e.parent, e.name, e.rev FROM entry e WHERE %(one)s AND e.until > :after%(un)s" % {
+                                         "one": where, "un": "" if purged else UNPURGED}, {**params, "now": NOW, "after": after}):
+                    self._stays[id].append(Stay._make(row))
+            ids = {stay.parent for id in ids for stay in self._stays[id]}
+
+    def of(self, id: int) -> list[Stay]:
+        return self._stays[id]
+
+    def at(self, id: int, seq: int) -> Stay | None:
+        return next((stay for stay in self._stays[id] if stay.since <= seq < stay.until), None)
+
+    def path(self, id: int, top: int, seq: int) -> tuple[str, ...] | None:
+        """Where a node was below a collection as of a seq; None if elsewhere or nowhere."""
+        found: list[str] = []
+        while id != top:
+            stay = self.at(id, seq)
+            if stay is None or stay.parent is None:
+                return None
+            found.append(stay.name)
+            id = stay.parent
+        return tuple(reversed(found))
+
+    def root(self, id: int, seq: int) -> int | None:
+        """That of the home in which a node was as of a seq; None if it hung nowhere."""
+        stay = self.at(id, seq)
+        while stay and stay.parent is not None:
+            id, stay = stay.parent, self.at(stay.parent, seq)
+        return id if stay else None
 
 
 class Entries(Moment):
@@ -8456,12 +8564,20 @@ class Contents:
                                   "FROM manifest WHERE id = ? AND sha256 IS NOT NULL", (node.manifest,) * 2))
         return found if is_composed(node) else {**found, "sha256": node.manifest}
 
-    def chunks(self, node: Node) -> list[tuple[str, int]]:
-        """(hash, size) of the chunks of a file in order; an empty file has none."""
+    def chunks(self, node: Node, lists: dict[str, list[tuple[str, int]]] | None = None) -> list[tuple[str, int]]:
+        """(hash, size) of the chunks of a file in order; an empty file has none.  `lists` are those of some manifests that were read before."""
         if not is_composed(node):
             return [(node.manifest, node.size)] if node.size else []
-        return self.db.read("SELECT m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
-                            "WHERE m.manifest = ? ORDER BY m.offset", (node.manifest,))
+        return (self.lists([node.manifest]) if lists is None else lists)[node.manifest]
+
+    def lists(self, manifests: Sequence[str]) -> dict[str, list[tuple[str, int]]]:
+        """The same of contents of several chunks: {manifest: [(hash, size)]}."""
+        found: dict[str, list[tuple[str, int]]] = {manifest: [] for manifest in manifests}
+        for some in pieces(list(found)):
+            for manifest, *chunk in self.db.read("SELECT m.manifest, m.chunk, h.size FROM manifest_chunk m JOIN chunk h ON h.hash = m.chunk "
+                                                 "WHERE m.manifest IN (" + marks(some) + ") ORDER BY m.manifest, m.offset", some):
+                found[manifest].append(tuple(chunk))
+        return found
 
     def chunk(self, hash: str) -> StoredChunk:
         """raises CloudError storage-failed if it is gone"""
@@ -8790,6 +8906,10 @@ class Mounts:
             if line[-1] and line[-1].parent is None and line[0].home != home:
                 found.append(Grant(mount, name, "", line[0], tuple(node.node for node in reversed(line[1:])), 0, []))
         return found
+
+    def ever(self, home: int, read: Read) -> list[tuple[int, int]]:
+        """(mount, target) of all that stand, or stood, in a home."""
+        return list(read("SELECT node, target FROM mount WHERE home = ?", (home,)))
 
     def owner(self, mount: int) -> str:
         """The name of who shared what a mount shows, or showed."""
@@ -9253,8 +9373,7 @@ class HomePart:
             if before:
                 guards.append(still_there(before))
                 if before.kind and (after is None or after.parent != before.parent):         # its sums leave the chain with it
-                    guards.append(Statement("SELECT 'sums' FROM collection WHERE node = ? AND (size, files) <> (?, ?)",
-                                            (before.node, before.size, before.files)))
+                    guards.append(Statement(SAME_SUMS, (before.node, before.size, before.files)))
         if self.place.quota is not None and self.growth > 0:
             guards.append(Statement(
                 "SELECT 'quota' FROM account a JOIN collection r ON r.node = a.root WHERE a.id = ? AND a.quota IS NOT NULL "
@@ -9353,6 +9472,11 @@ class Draft:
                 if node and node.kind == COLLECTION:
                     holders[path] = node.node
 
+    def look_at_many(self, paths: Collection[tuple[str, ...]]) -> None:
+        """The same, if there are more than a source and a target: for those another way is as short."""
+        if len(paths) > 2:
+            self.look_at(paths)
+
     def home_of(self, path: tuple[str, ...]) -> int:
         """The home that a path led to which was entered."""
         return next((home for home, part in self.parts.items() if path and path[0] in part.mounts), view_of(self.who).home)
@@ -9447,8 +9571,7 @@ class Draft:
                 Statement("SELECT 'changed' FROM entry WHERE parent = ? AND key = ? AND until IS NULL", (place.parent, key))]
         if node.node in self.changes:
             return []
-        return [Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq <= ?)", (node.node, node.seq))
-                if node.kind else still_there(node)]
+        return [Statement(NO_NEWER, (node.node, node.seq)) if node.kind else still_there(node)]
 
     def new_node(self, home: int, parent: int, name: str, kind: int) -> Node:
         """One with nothing in it."""
@@ -9548,6 +9671,7 @@ class Plan:
         self.tree, self.who, self.held, self.as_of = tree, who, held, as_of
         self.now = Draft(tree, who, since)
         self.guards: list[Statement] = []
+        self.alone: dict[Statement, bool] = {}       # guards that say that no other device did anything: do they hold?
         self.rows: list[Statement] = []              # of the same act: contents, properties, locks
         self.moved: dict[int, int] = {}              # {node: how many files of what is deleted stand in another home by now}: that loses nothing
 
@@ -9792,7 +9916,9 @@ class Plan:
         """Did another device do anything since, to this or to what has taken its place?"""
         others = Statement("SELECT 'changed' FROM journal WHERE home = ? AND seq > ? AND (device <> ? OR account <> ?) LIMIT 1",
                            (place.view.home, since, self.who.device, self.who.account))
-        if not self.tree.db.read(others.sql, others.params):
+        if others not in self.alone:
+            self.alone[others] = not self.tree.db.read(others.sql, others.params)
+        if self.alone[others]:
             self.guards.append(others)
         elif max(place.node.since, place.node.seq or 0) > since:
             raise CloudError("precondition-failed", "something has changed since", there=place.node)
@@ -9888,15 +10014,28 @@ def still_there(node: Node) -> Statement:
 
 
 def gather(guards: Sequence[Statement]) -> list[Statement]:
-    """The same, but asked at once of many entries whether they are still there."""
-    entries = [guard.params for guard in guards if guard.sql == STILL_THERE]
-    return [guard for guard in guards if guard.sql != STILL_THERE] + [Statement(
-        "WITH wanted (home, since, node) AS (VALUES " + ", ".join(["(CAST(? AS BIGINT), CAST(? AS BIGINT), CAST(? AS BIGINT))"] + ["(?, ?, ?)"] * (len(some) - 1))
-        + ") SELECT 'changed' WHERE (SELECT count(*) FROM wanted w CROSS JOIN entry e WHERE e.home = w.home AND e.since = w.since AND e.node = w.node "
-        "AND e.until IS NULL) <> ?", (*itertools.chain.from_iterable(some), len(some))) for some in pieces(entries)]
+    """The same, but what is asked of many is asked at once."""
+    found = [guard for guard in guards if guard.sql not in GATHERED]
+    for sql, (columns, test) in GATHERED.items():
+        for some in pieces([guard.params for guard in guards if guard.sql == sql]):
+            first = "(%s)" % ", ".join(["CAST(? AS BIGINT)"] * len(some[0]))
+            found.append(Statement("WITH wanted (%s) AS (VALUES %s) SELECT 'changed' WHERE (SELECT count(*) FROM wanted w CROSS JOIN %s) <> ?" % (
+                columns, ", ".join([first] + ["(%s)" % marks(some[0])] * (len(some) - 1)), test), (*itertools.chain.from_iterable(some), len(some))))
+    return found
 
 
 STILL_THERE = "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NULL)"
+SAME_SUMS = "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND size = ? AND files = ?)"
+NO_NEWER = "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM collection WHERE node = ? AND seq <= ?)"
+UNCHANGED_SINCE = (  # a node, and what it holds
+    "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = ? AND e.until IS NULL "
+    "AND coalesce(c.seq, e.since) <= ?)")
+GATHERED = {  # guard: what its parameters are called, and how it is asked of many of them, w
+    STILL_THERE: ("home, since, node", "entry e WHERE e.home = w.home AND e.since = w.since AND e.node = w.node AND e.until IS NULL"),
+    SAME_SUMS: ("node, size, files", "collection c WHERE c.node = w.node AND c.size = w.size AND c.files = w.files"),
+    NO_NEWER: ("node, seq", "collection c WHERE c.node = w.node AND c.seq <= w.seq"),
+    UNCHANGED_SINCE: ("node, seq", "entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = w.node AND e.until IS NULL "
+                                   "AND coalesce(c.seq, e.since) <= w.seq")}
 OVERSPENT = "too much was stored within some days, counting what was deleted or overwritten since; room comes back day by day"
 END_ENTRY = "UPDATE entry SET until = (SELECT max(seq) FROM journal), fate = ? WHERE home = ? AND since = ? AND node = ?"
 BEGIN_ENTRY = (
@@ -10178,6 +10317,7 @@ class Stars:
         """Mark files and collections that somebody may read with a star, in one step, or take it away."""
         def attempt() -> Batch:
             plan, nodes = Plan(self.tree, who), []
+            plan.now.look_at_many(paths)
             for path in paths:
                 place = plan.now.enter(path)
                 place.need(READ)
@@ -10280,15 +10420,29 @@ class Files:
 
     def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
         """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
-        path = self.tree.mounts.seen_by(who).path(node)
-        if path is None:
+        return self.paths_of(who, [node])[0]
+
+    def paths_of(self, who: Principal, nodes: Sequence[int]) -> list[tuple[str, ...]]:
+        """The same of some nodes."""
+        here = self.tree.mounts.seen_by(who)
+        here.load(nodes if len(nodes) > 1 else ())           # else all on the way are read at once
+        paths = list(map(here.path, nodes))
+        if None in paths:
             raise CloudError("not-found", "there is nothing of that id")
-        return path
+        return paths
 
     def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[tuple[str, ...], Node]]:
         """Those of some paths at which there is something, and what."""
-        found = ((path, self.find(who, path)) for path in paths)
-        return [(path, node) for path, node in found if node]
+        return [(path, shown(place, path)) for path, place in zip(paths, self._enter_each(who, paths)) if place.node]
+
+    def _enter_each(self, who: Principal, paths: Sequence[tuple[str, ...]]) -> list[Place]:
+        """As Tree.enter, to read what is there."""
+        now = Draft(self.tree, who)
+        now.look_at_many(paths)
+        places = list(map(now.enter, paths))
+        for place in places:
+            place.need(READ)
+        return places
 
     def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
         """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
@@ -10372,8 +10526,7 @@ class Files:
         """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
-            if len(paths) > 1:
-                plan.now.look_at(paths)
+            plan.now.look_at_many(paths)
             for path in outermost(paths):
                 plan.remove(path, given)
             return plan.batch("delete", {"path": list(paths)})
@@ -10397,6 +10550,7 @@ class Files:
 
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
+            plan.now.look_at_many([path for pair in pairs for path in pair])
             moved = [plan.move(*pair, given, how) for pair, how in zip(pairs, for_each(clash, pairs))]
             return plan.batch("move", name_pairs(pairs), moved)
 
@@ -10420,15 +10574,18 @@ class Files:
         def attempt() -> Batch:
             copies, nodes, tops = found[0] if below is not None else found.pop() if found else self._measure(who, act)
             plan = Plan(self.tree, who)
+            plan.now.look_at_many([path for pair in act.pairs for path in pair])
             plan.rows += copies.statements() if below is None else below
             made = [plan.move(*pair, act.given, how) if top is None else plan.copy(node, top, *pair, act.given, how)
                     for node, top, pair, how in zip(nodes, tops, act.pairs, for_each(act.clash, act.pairs))]
+            unchanged = []
             for (source, _), node, top in zip(act.pairs, nodes, tops) if act.ends else ():
                 if top is not None:
                     plan.moved[node.node] = node.files if node.kind else 1
-                    plan.guards.append(unchanged_since(plan.remove(source, act.given), copies.seq))
-                    if below is not None and self.db.read(plan.guards[-1].sql, plan.guards[-1].params):
-                        raise CloudError("conflict", "it changed while it was moved; nothing was")
+                    unchanged.append(Statement(UNCHANGED_SINCE, (plan.remove(source, act.given).node, copies.seq)))
+            if below is not None and any(self.db.read(guard.sql, guard.params) for guard in gather(unchanged)):
+                raise CloudError("conflict", "it changed while it was moved; nothing was")
+            plan.guards += unchanged
             return plan.batch("move" if act.ends else "copy", name_pairs(act.pairs), made)
 
         with self.tree.lane(who):
@@ -10443,7 +10600,7 @@ class Files:
     def _measure(self, who: Principal, act: CopyTask) -> tuple[Copies, list[Node], list[Node | None]]:
         """What there is to copy, and the tops of the copies; None for what can be moved."""
         there = self.tree.enter(who, act.pairs[0][1])
-        copies, here = Copies(self.db, there.view.home, who.person), [self.tree.enter(who, source, READ) for source, _ in act.pairs]
+        copies, here = Copies(self.db, there.view.home, who.person), self._enter_each(who, [source for source, _ in act.pairs])
         nodes = [shown(place, source) for place, (source, _) in zip(here, act.pairs)]
         tops = [None if act.ends and (place.is_top or node.home == copies.home) else copies.measure(node, act.deep) for place, node in zip(here, nodes)]
         self.tree.store(there, price=copies.cost())
@@ -10603,12 +10760,6 @@ def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     import uuid
     return uuid.uuid4().urn
-
-
-def unchanged_since(node: Node, seq: int) -> Statement:
-    """The guard that says: neither a node nor what it holds has changed since."""
-    return Statement("SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry e LEFT JOIN collection c ON c.node = e.node WHERE e.node = ? "
-                     "AND e.until IS NULL AND coalesce(c.seq, e.since) <= ?)", (node.node, seq))
 
 
 def shown(place: Place, path: tuple[str, ...]) -> Node:
@@ -10982,25 +11133,27 @@ class Journal:
                 "AND (:device IS NULL OR d.name = :device) AND j.at >= :after AND j.at < :until ORDER BY j.seq DESC LIMIT :limit",
                 {**asked, "before": before, "limit": count})
             steps = self._steps(rows)
-            found += steps if is_all else filter(None, (self._seen_from(place, path, step) for step in steps))
+            found += steps if is_all else self._seen_from(place, path, steps)
             if len(rows) < count or len(found) >= limit:
                 break
             before = rows[-1][0]
         return found[:limit]
 
-    def _seen_from(self, place: Place, path: tuple[str, ...], step: Step) -> Step | None:
-        """A step in the words of who sees a node at a path; None if it touched anything but that and what lay below it."""
-        view, within = place.view, step.within
-        if view.seq and step.action.startswith("share") and step.account != view.who.name:
-            return None                                  # whom else somebody gives it to
-        if within is None or Moment(self.db.read, place.found().node, step.seq).path(within) is None:
-            return None
-        above = () if view.whole else Moment(self.db.read, (*place.chain, view.top)[0], step.seq).path(view.top)
-        if above is None:
-            return None
-        words = {name: "/".join((*path[:bool(view.seq)], *step.detail[name].split("/")[len(above):])) for name in ("path", "to")
-                 if isinstance(step.detail.get(name), str)}
-        return step._replace(detail={**step.detail, **words})
+    def _seen_from(self, place: Place, path: tuple[str, ...], steps: list[Step]) -> Iterator[Step]:
+        """Steps in the words of who sees a node at a path, without those that touched anything but that and what lay below it."""
+        view, top = place.view, place.found().node
+        root, known = (*place.chain, view.top)[0], [step for step in steps if step.within is not None]
+        for some in pieces(known):
+            stays = Stays(self.db.read, (view.top, *(step.within for step in some)), min(step.seq for step in some) - 1)
+            for step in some:
+                above = () if view.whole else stays.path(view.top, root, step.seq)
+                if above is None or stays.path(step.within, top, step.seq) is None:
+                    continue
+                if view.seq and step.action.startswith("share") and step.account != view.who.name:
+                    continue                             # whom else somebody gives it to
+                words = {name: "/".join((*path[:bool(view.seq)], *step.detail[name].split("/")[len(above):])) for name in ("path", "to")
+                         if isinstance(step.detail.get(name), str)}
+                yield step._replace(detail={**step.detail, **words})
 
     def server_activity(self, before: int = 1 << 62, limit: int = 100) -> list[Step]:
         """What happened to accounts, groups, shares and settings of the whole server, the latest first: what the index journal_server holds."""
@@ -11010,7 +11163,8 @@ class Journal:
             "'share-open') AND j.seq < :before ORDER BY j.seq DESC LIMIT :limit", {"before": before, "limit": limit, "asks": 0}))
 
     def _steps(self, rows: list[tuple[Any, ...]]) -> list[Step]:
-        return [Step(seq, at, action, detail, account, device, bool(undoable) and action[:8] != "account-" and seq > self.oldest(), link,
+        oldest = self.oldest()
+        return [Step(seq, at, action, detail, account, device, bool(undoable) and action[:8] != "account-" and seq > oldest, link,
                      detail.pop("within", None))
                 for seq, at, action, detail, account, device, link, undoable in ((*row[:3], json.loads(row[3]), *row[4:]) for row in rows)]
 
@@ -11037,7 +11191,6 @@ class Span:
         self.then, self.now = then, now
         self._touched: list[int] = []
         self._whole: Moment | None = None                # then, with what was given up
-        self._between: dict[int, Moment] = {}
 
     def touched(self, home: int, reached: int = 1 << 62) -> list[int]:
         """Nodes of a home that batches after then, up to `reached`, touched."""
@@ -11079,7 +11232,8 @@ class Span:
         found, here = dict.fromkeys(ids), self.now.here
         pending = [id for id in watched(ids, alive) if here(id) and here(id).kind and not self.then.here(id)]
         while pending:
-            for child in watched(self.now.children(pending.pop()), alive):
+            pending, above = [], pending
+            for child in watched(self.now.children_of(above), alive):
                 if child.node not in found:
                     found[child.node] = None
                     if child.kind:
@@ -11095,19 +11249,19 @@ class Span:
         self.load(lay)
         return list(dict.fromkeys([*ids, *lay]))
 
-    def was_in_sight(self, id: int) -> bool:
-        """Did a node come and go since?  Who made it knows of it, and has to be told."""
-        spans = list(self.now.read("SELECT since, until FROM entry WHERE node = ? AND until > ?", (id, self.then.seq)))
-        return any(self._just_before(seq).path(id) is not None for since, until in spans          # what held it may be gone when it went
-                   for seq in (since + 1, until) if seq > self.then.seq + 1)
+    def were_in_sight(self, ids: Sequence[int], mounts: Sequence[tuple[int, int]] = ()) -> set[int]:
+        """Which of some nodes came and went since?  Who made them knows of them, and has to be told.
 
-    def _just_before(self, seq: int) -> Moment:
-        """The moment before a batch."""
-        if seq not in self._between:
-            if len(self._between) == PIECE:
-                self._between.clear()
-            self._between[seq] = Moment(self.now.read, self.now.top, seq - 1, purged=True, mounts=self.then.mounts)
-        return self._between[seq]
+        mounts   (mount, target) of all that ever stood in the collection
+        """
+        found, then, top = set(), self.then.seq, self.now.top
+        for some in pieces(ids):
+            stays = Stays(self.now.read, itertools.chain(some, *mounts), then, purged=True)
+            moments = ((id, seq) for id in some for stay in stays.of(id) if stay.until < NOW           # what held it may be gone when it went
+                       for seq in (stay.since, stay.until - 1) if seq > then)
+            found.update(id for id, seq in moments if id not in found and (stays.path(id, top, seq) is not None or any(
+                stays.at(mount, seq) and stays.path(id, target, seq) is not None and stays.root(target, seq) is not None for mount, target in mounts)))
+        return found
 
     def is_lost(self, id: int) -> bool:
         """Was a node here that can never be brought back here: it, or what held it, was given up for good?"""
@@ -11207,10 +11361,12 @@ class Feed:
                 whole.add(id)
             ids.update(dict.fromkeys([id, *(below if id not in whole else ())]))
         ids.update(dict.fromkeys([*mounts.went, *(id for id, grant in now.grants.items() if id in then.grants and grant.name != then.grants[id].name)]))
-        names, found = {now.grants[id].name for id in whole}, []
-        for id in watched(span.with_what_was_left(ids, alive), alive):
+        names, found, ids = {now.grants[id].name for id in whole}, [], span.with_what_was_left(ids, alive)
+        passed = span.were_in_sight([id for id in watched(ids, alive) if now.path(id) is None and then.path(id) is None],
+                                     self.tree.mounts.ever(top.home, now.read) if then.mounts else ())
+        for id in watched(ids, alive):
             path, was = now.path(id), then.path(id)
-            is_told = path is not None and not (was is None and len(path) > 1 and path[0] in names) or was is not None or path is None and span.was_in_sight(id)
+            is_told = path is not None and not (was is None and len(path) > 1 and path[0] in names) or was is not None or id in passed
             if id != top.node and is_told:
                 gone = None if path is not None else "unshared" if id in mounts.went else "moved" if now.node(id) else "deleted"
                 found.append(Changed(id, getattr(now.node(id) or then.node(id), "kind", FILE), now.here(id), path, was, gone,
@@ -11218,6 +11374,7 @@ class Feed:
         return sorted(found, key=lambda c: c.path or c.was or ())
 
 
+CONTENTS = 100                  # files whose chunks, of which small ones hold the bytes, are read at a time
 WAITERS, WAITS = 128, 32        # who may wait for changes at a time, per process: in all, and of one account
 WHOLE_MOST = 10_000             # nodes below a mount that came which are told one by one
 
@@ -11246,16 +11403,22 @@ class History:
 
     def _with_contents(self, first: list[tuple[tuple[str, ...], Node, Moment]],
                        missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
-        for path, top, then in first:
-            for place, node in itertools.chain([(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()):
+        nodes = itertools.chain.from_iterable(itertools.chain(
+            [(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()) for path, top, then in first)
+        while True:
+            some = list(itertools.islice(nodes, CONTENTS))
+            chunks = self.tree.contents.single_chunks([node.manifest for _, node in some if not node.kind])
+            for place, node in some:
                 try:
-                    content = None if node.kind else self.tree.contents.of(node)
+                    content = None if node.kind else self.tree.contents.of(node, chunks.get(node.manifest))
                 except CloudError as error:
                     if missed is None:
                         raise
                     missed(place, error)
                 else:
                     yield place, node, content
+            if len(some) < CONTENTS:
+                return
 
     def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                 seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -11314,6 +11477,7 @@ class History:
             now = span.now
             touched = [id for id in span.touched(view.home, seq) if id != now.top]
             after = Moment(now.read, now.top, seq)
+            after.load(touched)
             if not touched or not view.whole and any(one.node(id) and not one.here(id) for one in (span.then, after) for id in touched):
                 raise CloudError("not-found", "there is nothing of that number to take back")
             later = {id for some in pieces(touched) for id, in now.read(
@@ -11371,8 +11535,8 @@ class History:
             mine = [id for id in span.touched(view.home) if id != top and span.differs(id)
                     or not span.then.here(id) and span.would_come_along(id)]
             holders = {top, *(span.now.above(top) or ())}        # what holds the collection by now stays where it is, and all
-            mine = [id for id in mine if not span.is_lost(id) and not holders & set(span.then.chain(id))     # that it held then
-                    and self._may_bring_back(view, span, id)]
+            mine = self._may_bring_back(view, span, [id for id in mine if not span.is_lost(id)
+                                                     and not holders & set(span.then.chain(id))])        # that it held then
             return mine, sum(map(span.differs, mine))
 
         if dry:
@@ -11397,8 +11561,7 @@ class History:
                 inside = lambda id: any(above in chosen for above in then.line(id))
                 touched = [id for id in {*chosen, *span.touched(view.home)} if id != now.top and any(map(inside, now.line(id)))]
                 mine = [id for id in touched if span.differs(id) or not then.here(id) and now.node(id)]
-                mine = [id for id in mine if not span.is_lost(id) and self._may_bring_back(view, span, id)
-                        and not (id in chosen and span.is_in_place(id))]
+                mine = self._may_bring_back(view, span, [id for id in mine if not span.is_lost(id) and not (id in chosen and span.is_in_place(id))])
                 return mine, len(mine)
 
             if not choose(span)[0]:
@@ -11413,14 +11576,18 @@ class History:
             raise CloudError("another-home", "these belong to different people; bring them back one by one")
         return below
 
-    def _may_bring_back(self, view: View, span: Span, id: int) -> bool:
-        """May this node be changed by going back?  Only if it lies, or died, below the top of the view, and lay nowhere else then."""
+    def _may_bring_back(self, view: View, span: Span, ids: list[int]) -> list[int]:
+        """Which of some nodes may be changed by going back?  Only those that lie, or died, below the top of the view, and lay nowhere else then."""
         if view.whole:
-            return True
-        then, now = span.then, span.now
-        ended = list(now.read("SELECT max(until) FROM entry WHERE node = ? AND until IS NOT NULL", (id,)))[0][0]
-        last = Moment(now.read, view.top, None if now.node(id) else (ended or 1) - 1)
-        return last.here(id) is not None and (then.node(id) is None or Moment(then.read, view.top, then.seq).here(id) is not None)
+            return ids
+        now, then = (Moment(moment.read, view.top, moment.seq) for moment in (span.now, span.then))
+        now.load(ids), then.load(ids)
+        found = []
+        for some in pieces([id for id in ids if then.node(id) is None or then.here(id) is not None]):
+            stays = Stays(now.read, (id for id in some if now.node(id) is None))
+            ends = {id: max((stay.until for stay in stays.of(id)), default=0) for id in some if now.node(id) is None}
+            found += [id for id in some if (stays.path(id, view.top, ends[id] - 1) if id in ends else now.path(id)) is not None]
+        return found
 
     def differences(self, who: Principal, path: tuple[str, ...], seq: int,
                     alive: Callable[[], None] = unwatched) -> list[Difference]:
@@ -11557,7 +11724,8 @@ class Versions:
             "UNION SELECT rev, size, mtime, manifest FROM entry WHERE node = :node AND until IS NOT NULL) v "
             "LEFT JOIN journal j ON j.seq = v.rev LEFT JOIN account a ON a.id = j.account LEFT JOIN device d ON d.id = j.device AND d.account = :asks "
             "LEFT JOIN pin p ON p.node = :node AND p.rev = v.rev ORDER BY v.rev DESC", {"node": node.node, "asks": view_of(who).home})
-        found = [version for version in map(Version._make, rows) if self._was_within(place.view, node.node, version.rev)]
+        was_within = self._within(place.view, node.node)
+        found = [version for version in map(Version._make, rows) if was_within(version.rev)]
         return [version for version, older in itertools.zip_longest(found, found[1:])
                 if older is None or older.manifest != version.manifest or version.name]
 
@@ -11567,33 +11735,31 @@ class Versions:
         live = place.found()
         rows = self.db.read(select_entries("e.rev = :rev AND e.kind = 0 AND (e.node = :node AND e.until IS NULL OR e.node = :node AND e.until "
                                            "IS NOT NULL)") + " ORDER BY e.since LIMIT 1", {"rev": rev, "node": live.node})
-        if not rows or not self._was_within(place.view, live.node, rev):
+        if not rows or not self._within(place.view, live.node)(rev):
             raise CloudError("not-found", "there is no such version")
         node = Node._make(rows[0])._replace(name=live.name)
         return node, self.tree.contents.of(node)
 
-    def _was_within(self, view: View, node: int, rev: int) -> bool:
-        """Did a file lie below the top of a view at any moment while it had the content of `rev`?"""
+    def _within(self, view: View, node: int) -> Callable[[int], bool]:
+        """Tells whether a file lay below the top of a view at any moment while it had the content of a rev."""
         if view.whole:
-            return True
-        pending = [(parent, since, until) for since, until, parent, content in self._stays(node) if content == rev]
-        seen = set(pending)
-        while pending:                                   # upwards, each time for as long as what is below was there
-            above, start, stop = pending.pop()
-            if above == view.top:
-                return True
-            for since, until, parent, _ in self._stays(above):
-                stay = parent, max(start, since), min(stop, until)
-                if parent is not None and stay[1] < stay[2] and stay not in seen:
-                    seen.add(stay)
-                    pending.append(stay)
-        return False
+            return lambda rev: True
+        stays = Stays(self.db.read, [node], purged=True)
 
-    def _stays(self, node: int) -> list[tuple[int, int, int | None, int]]:
-        """(since, until, parent, rev) of all that a node ever was."""
-        return self.db.read("SELECT since, :ever, parent, rev FROM entry WHERE node = :node AND until IS NULL UNION ALL "
-                            "SELECT since, until, parent, rev FROM entry WHERE node = :node AND until IS NOT NULL",
-                            {"node": node, "ever": 1 << 62})
+        def was_within(rev: int) -> bool:
+            pending = [(stay.parent, stay.since, stay.until) for stay in stays.of(node) if stay.rev == rev]
+            seen = set(pending)
+            while pending:                               # upwards, each time for as long as what is below was there
+                above, start, stop = pending.pop()
+                if above == view.top:
+                    return True
+                for since, until, parent, *_ in stays.of(above):
+                    stay = parent, max(start, since), min(stop, until)
+                    if parent is not None and stay[1] < stay[2] and stay not in seen:
+                        seen.add(stay)
+                        pending.append(stay)
+            return False
+        return was_within
 
     def restore(self, who: Principal, path: tuple[str, ...], rev: int, given: Preconditions = ANY) -> Node:
         """Make an old content the present one; the present one becomes a version."""
@@ -11636,24 +11802,27 @@ class Trash:
         view = self.tree.shared_at(who, path)
         found, last = [], (before, INTEGERS - 1)
         while last and len(found) < limit:
-            items = self._trashed(view, "(e.until < :until OR e.until = :until AND e.node > :node) ", *last, limit)
+            items = self._trashed(view, "(e.until < :until OR e.until = :until AND e.node > :node) ", {"until": last[0], "node": last[1], "limit": limit})
             found += [item._replace(path=path[:bool(view.seq)] + item.path) for item in items if item.path is not None]
             last = (items[-1].node.until, items[-1].node.node) if len(items) == limit else None
         return found[:limit]
 
-    def _trashed(self, view: View, where: str, until: int, node: int, limit: int) -> list[Trashed]:
+    def _trashed(self, view: View, where: str, values: dict[str, int]) -> list[Trashed]:
         """Those of a home, each with its path from the top of a view; None if it did not die below that."""
         rows = self.db.read(
             select_entries("e.home = :home AND e.fate = 'deleted' AND " + where + self._LAST, "j.at, coalesce(a.name, ''), " + NODE,
                     "entry e JOIN journal j ON j.seq = e.until LEFT JOIN account a ON a.id = j.account")
-            + "ORDER BY e.until DESC, e.node LIMIT :limit", {"home": view.home, "until": until, "node": node, "limit": limit})
-        with self.db.snapshot() as read:
-            return [Trashed(node, at, account, self._path_of(read, view, node)) for at, account, node in (
-                (at, account, Node._make(columns)) for at, account, *columns in rows)]
+            + "ORDER BY e.until DESC, e.node LIMIT :limit", {"home": view.home, **values})
+        found = [(at, account, Node._make(columns)) for at, account, *columns in rows]
+        return [Trashed(node, at, account, path) for some in pieces(found)
+                for (at, account, node), path in zip(some, self._paths(view, [node for _, _, node in some]))]
 
-    def _path_of(self, read: Read, view: View, node: Node) -> tuple[str, ...] | None:
-        above = Moment(read, view.top, node.until - 1).path(node.parent)
-        return None if above is None and not view.whole else (above or ()) + (node.name,)
+    def _paths(self, view: View, nodes: list[Node]) -> Iterator[tuple[str, ...] | None]:
+        """Where each was when it was deleted."""
+        stays = Stays(self.db.read, (node.parent for node in nodes), min(node.until for node in nodes) - 1)
+        for node in nodes:
+            above = stays.path(node.parent, view.top, node.until - 1)
+            yield None if above is None and not view.whole else (above or ()) + (node.name,)
 
     _LAST = ("AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = e.node AND l.until IS NULL) "       # it did not come back
              "AND NOT EXISTS (SELECT 1 FROM entry p WHERE p.node = e.node AND p.since >= e.until AND p.until IS NOT NULL) ")
@@ -11671,8 +11840,10 @@ class Trash:
             plan = Plan(self.tree, view.who, as_of=self.db.head())
             place = plan.now.enter(())
             items = sorted(self._find_trashed(view, nodes), key=lambda item: len(item.path))
+            plan.now.before.load([*nodes, *(item.node.parent for item in items)])
+            plan.now.before.load_named([(item.node.parent, key_of(item.node.name)) for item in items])
             for item in items:
-                if self._is_live(item.node.node):
+                if plan.now.before.node(item.node.node):
                     raise CloudError("conflict", "it is back already")
                 parent = item.node.parent
                 plan.restore(item.node, None, parent if plan.now.lives(parent) else plan.collection_at(item.path[:-1]))
@@ -11680,20 +11851,21 @@ class Trash:
             return plan.batch("restore", {"path": [item.path for item in items]})
 
         seq = self.db.write(attempt).seq
-        return seq, [path[:bool(view.seq)] + self.files.path_of(view.who, node) for node in dict.fromkeys(nodes)]
+        return seq, [path[:bool(view.seq)] + below for below in self.files.paths_of(view.who, list(dict.fromkeys(nodes)))]
 
     def item(self, who: Principal, node: int) -> Trashed:
         """One of them.  raises CloudError not-found"""
         return self._find_trashed(self.tree.within(who, (), PAST)[0], [node])[0]
 
     def _find_trashed(self, view: View, nodes: Sequence[int]) -> list[Trashed]:
-        found = [item for node in dict.fromkeys(nodes) for item in self._trashed(view, "e.node = :node ", 0, node, 1) if item.path is not None]
+        found = []
+        for some in pieces(list(dict.fromkeys(nodes))):
+            where, params = is_among("e.node", some)
+            items = {item.node.node: item for item in self._trashed(view, where + " ", {**params, "limit": len(some)}) if item.path is not None}
+            found += [items[node] for node in some if node in items]
         if not nodes or len(found) < len(set(nodes)):
             raise CloudError("not-found", "it is not in the trash")
         return found
-
-    def _is_live(self, node: int) -> bool:
-        return bool(self.db.read("SELECT 1 FROM entry WHERE node = ? AND until IS NULL", (node,)))
 
     def empty(self, who: Principal, *nodes: int) -> int:
         """Give up deleted nodes for good, all of them if none is named; returns how many.
@@ -11706,32 +11878,38 @@ class Trash:
         view.need_whole()
         if who.means == "token":
             raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")
-        chosen = [item.node for item in (self._find_trashed(view, nodes) if nodes else self.list(who, limit=1 << 40))]
-        rows = [(node.home, node.since, node.node) for node in chosen]
-        self.db.write(lambda: Batch([*give_up(rows), raise_shape(view.home)], frees=True,
-                                    line=Line(view.home, who, "empty-trash", {"count": len(rows)})))
-        self.give_up_below((node.node, node.until) for node in chosen if node.kind)
-        return len(rows)
+        newest, home = self.db.head(), view.home
+        where, values = "home = ? AND until <= ? AND fate = 'deleted' AND " + IS_LAST, (home, newest)
+        count = len(self._find_trashed(view, nodes)) if nodes else self.db.read("SELECT count(*) FROM entry WHERE " + where, values)[0][0]
+        gone = give_up(home, nodes, newest) if nodes else [Statement("UPDATE entry SET fate = 'purged' WHERE " + where, values)]
+        self.db.write(lambda: Batch([*gone, raise_shape(home)], frees=True, line=Line(home, view.who, "empty-trash", {"count": count})))
+        self.give_up_below()
+        return count
 
-    def give_up_below(self, tops: Iterable[tuple[int, int]]) -> None:
-        """Mark all that hangs below collections (node, until) that were given up: nothing of it can be had at an earlier place."""
-        pending = list(tops)
-        while pending:
-            top, until = pending.pop()
-            rows = self.db.read("SELECT home, since, node, kind FROM entry WHERE parent = ? AND until IS NULL AND " + IS_GIVEN_UP
-                                + " LIMIT ?", (top, PIECE))
+    def give_up_below(self) -> None:
+        """Mark all that hangs below collections that were given up: nothing of it can be had at an earlier place."""
+        tops = (top for top, in self.db.each("SELECT DISTINCT node FROM entry WHERE fate = 'purged' AND kind = 1 AND node > ? ORDER BY node LIMIT %d" % PIECE,
+                                             (), (-1,)))
+        pending = [list(itertools.islice(tops, PIECE))]
+        while pending[-1]:
+            above = pending.pop()
+            rows = self.db.read("SELECT home, node, kind FROM entry WHERE parent IN (" + marks(above) + ") AND until IS NULL AND " + IS_GIVEN_UP
+                                + " LIMIT ?", (*above, PIECE))
             if rows:
-                marked = [(until, *row[:3]) for row in rows]
+                below = [node for _, node, _ in rows]
                 self.db.write(lambda: Batch([Statement(
-                    "UPDATE entry SET until = ?, fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND until IS NULL AND "
-                    + IS_GIVEN_UP, marked, many=True), *map(raise_shape, {row[0] for row in rows})], frees=True))
-                pending += [(top, until), *((node, until) for _, _, node, kind in rows if kind)]
+                    "UPDATE entry SET until = (SELECT max(until) FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged'), fate = 'purged' "
+                    "WHERE until IS NULL AND node IN (" + marks(below) + ") AND " + IS_GIVEN_UP, below), *map(raise_shape, {row[0] for row in rows})], frees=True))
+                pending += [above] if len(rows) == PIECE else []
+                pending += [some for some in [[node for _, node, kind in rows if kind]] if some]
+            if not pending:
+                pending.append(list(itertools.islice(tops, PIECE)))
 
 
-def give_up(rows: Sequence[tuple[int, int, int]]) -> list[Statement]:
-    """Mark deleted entries (home, since, node) as given up for good: only the last of what a node was, and none that is back."""
-    return [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND since = ? AND node = ? AND fate = 'deleted' AND "
-                      + IS_LAST, rows, many=True)]
+def give_up(home: int, nodes: Sequence[int], newest: int) -> list[Statement]:
+    """Mark nodes that were deleted up to a seq as given up for good: the last of what each was, and none that is back."""
+    return [Statement("UPDATE entry SET fate = 'purged' WHERE home = ? AND until <= ? AND node IN (" + marks(some) + ") AND fate = 'deleted' AND "
+                      + IS_LAST, (home, newest, *some)) for some in pieces(nodes)]
 
 
 IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?
@@ -12011,8 +12189,9 @@ class Sharing:
 
     def _mine(self, who: Principal, where: str, value: int = 0) -> list[Given]:
         """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
-        view, here = view_of(who), self.tree.mounts.seen_by(who)
-        given = [one._replace(path=here.path(one.node.node)) for one in self._select(where, value=value, me=view.home)]
+        view, here, given = view_of(who), self.tree.mounts.seen_by(who), self._select(where, value=value, me=view_of(who).home)
+        here.load(one.node.node for one in given)
+        given = [one._replace(path=here.path(one.node.node)) for one in given]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
             one for one in given if one.path and view.rights >= rights_named(one.share.rights)]
 
@@ -12769,13 +12948,14 @@ class Sync:
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool, shared: Callable[[Node], SharedBy | None]) -> Iterator[Listed]:
         while True:
-            some = list(itertools.islice(nodes, PIECE))
+            some = list(itertools.islice(nodes, CONTENTS if chunks else PIECE))
             ids = [node.manifest for _, node in some if is_composed(node)]
             sums = dict(self.db.read("SELECT id, sha256 FROM manifest WHERE id IN (" + marks(ids) + ")", ids)) if ids else {}
+            lists = self.tree.contents.lists(ids) if chunks else {}
             for path, node in some:
-                yield Listed(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node) if chunks and not node.kind else None,
+                yield Listed(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node, lists) if chunks and not node.kind else None,
                              shared(node))
-            if len(some) < PIECE:
+            if not some:
                 return
 
     def place_of(self, change: Changed, chunks: bool) -> Listed:
@@ -18220,8 +18400,8 @@ class Thinning(Duty):
                              "AND e.until IS NOT NULL)"))
         return gone
 
-    def _thinned(self, home: int, cut: int) -> Iterator[tuple[int, int, int]]:
-        """Ended entries that the ladder gives up."""
+    def _thinned(self, home: int, cut: int) -> Iterator[tuple[int, int, int, int]]:
+        """Ended entries (home, since, node, until) that the ladder gives up."""
         ages = self.db.read("SELECT due, seq FROM age ORDER BY seq")
         seqs = [seq for _, seq in ages]
         last: dict[int, int] = {}                            # the part of the ladder in which a version of a node stays: the newest there
@@ -18236,18 +18416,16 @@ class Thinning(Duty):
             if fate == "replaced" and (pinned or span and part != last.get(node)):
                 last[node] = part
             else:
-                yield home, since, node
+                yield home, since, node, until
 
-    def _forget(self, rows: list[tuple[int, int, int]]) -> int:
-        """Remove ended entries; a feed that begins before they ended would have a gap (R37)."""
+    def _forget(self, rows: list[tuple[int, int, int, int]]) -> int:
+        """Remove ended entries (home, since, node, until) of a home; a feed that begins before they ended would have a gap (R37)."""
         count = len(rows)
         if rows:
-            self.write(Statement("UPDATE account SET fed = (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3) "
-                                 "WHERE id = ?1 AND fed < (SELECT until FROM entry WHERE home = ?1 AND since = ?2 AND node = ?3)",
-                                 list(rows), many=True),
-                       Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL",
-                                 list(rows), many=True),
-                       *map(raise_shape, {home for home, _, _ in rows}))
+            home, newest = rows[0][0], max(until for *_, until in rows)
+            self.write(Statement("UPDATE account SET fed = ? WHERE id = ? AND fed < ?", (newest, home, newest)),
+                       Statement("DELETE FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NOT NULL", [row[:3] for row in rows], many=True),
+                       raise_shape(home))
             rows.clear()
         return count
 
@@ -18259,26 +18437,37 @@ class Thinning(Duty):
             if most is None:
                 continue
             over = self.db.read("SELECT coalesce(sum(size), 0) FROM entry WHERE home = ? AND kind = 0", (home,))[0][0] - live - most
-            rows, dead = [], []
-            for since, node, size, fate in self.db.read(
-                    "SELECT e.since, e.node, coalesce(c.size, e.size), e.fate FROM entry e "
+            rows, dead, until = [], [], 0
+            for until, since, node, size, fate in self.db.each(
+                    "SELECT e.until, e.since, e.node, coalesce(c.size, e.size), e.fate FROM entry e "
                     "LEFT JOIN collection c ON c.node = e.node LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
-                    "WHERE e.home = ? AND e.until IS NOT NULL AND e.fate <> 'purged' AND p.name IS NULL ORDER BY e.until", (home,)):
+                    "WHERE e.home = ? AND e.until IS NOT NULL AND e.fate <> 'purged' AND p.name IS NULL AND (e.until, e.since, e.node) > (?, ?, ?) "
+                    "ORDER BY e.until, e.since, e.node LIMIT %d" % PIECE, (home,), (-1, -1, -1)) if over > 0 else ():
+                if len(rows) + len(dead) == PIECE:
+                    gone += self._give_up(home, dead, until) + self._forget(rows)
+                if fate == "deleted":
+                    dead.append(node)
+                else:
+                    rows.append((home, since, node, until))
+                over -= size
                 if over <= 0:
                     break
-                (dead if fate == "deleted" else rows).append((home, since, node))
-                over -= size
-            gone += len(dead) + self._forget(rows)
-            if dead:
-                self.write(*give_up(dead), raise_shape(home))
+            gone += self._give_up(home, dead, until) + self._forget(rows)
         return gone
+
+    def _give_up(self, home: int, dead: list[int], until: int) -> int:
+        count = len(dead)
+        if dead:
+            self.write(*give_up(home, dead, until), raise_shape(home))
+            dead.clear()
+        return count
 
     def purge(self) -> int:
         """Remove the rows of what was given up for good; returns nodes gone.
 
         Every statement asks again whether the node is live: then nothing of it goes, and it is not given up any more.
         """
-        self.cloud.trash.give_up_below(self.db.read("SELECT node, max(until) FROM entry WHERE fate = 'purged' AND kind = 1 GROUP BY node"))
+        self.cloud.trash.give_up_below()
         gone = 0
         while True:
             nodes = [{"node": node, "home": home, "until": until, "at": self.clock.wall()} for node, home, until in self.db.read(
