@@ -8072,7 +8072,7 @@ class Moment:
         self._named: dict[tuple[int, str], Node | None] = {}             # {(collection, key): what it holds under that name}
         self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
 
-    def _select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", mounts: bool = False) -> Iterable[tuple[Any, ...]]:
+    def select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", mounts: bool = False) -> Iterable[tuple[Any, ...]]:
         kinds = max(self.kinds, MOUNT + mounts)
         if self.seq is None:
             return self.read(entries_now(where, columns, kinds=kinds) + tail, params)
@@ -8091,15 +8091,15 @@ class Moment:
     def node(self, id: int) -> Node | None:
         """The node; None if it is not there."""
         if id not in self._nodes:
-            self._nodes[id] = next(map(Node._make, self._select("e.node = :node", {"node": id})), None)
+            self._nodes[id] = next(map(Node._make, self.select("e.node = :node", {"node": id})), None)
         return self._nodes[id]
 
     def child(self, id: int, key: str) -> Node | None:
         """What a collection holds under a name, by what names are compared by."""
         place = id, key
         if place not in self._named:
-            found = self._select("e.parent = :parent AND e.key = :key", dict(zip(("parent", "key"), place)), mounts=bool(self.mounts))
-            self._named[place] = next(iter(self._shown(list(map(Node._make, found)))), None)
+            found = self.select("e.parent = :parent AND e.key = :key", dict(zip(("parent", "key"), place)), mounts=bool(self.mounts))
+            self._named[place] = next(iter(self.shown(list(map(Node._make, found)))), None)
         return self._named[place]
 
     def find(self, path: tuple[str, ...]) -> Node | None:
@@ -8114,62 +8114,22 @@ class Moment:
 
         floor   as in __init__, of what the mount shows that it lies in
         """
-        return itertools.chain.from_iterable(self._pages(id, floor))
-
-    def _pages(self, id: int, floor: int = 0) -> Iterator[list[Node]]:
         where, columns = IN_ORDER
         after: str | None = ""
         while after is not None:
-            rows = list(self._select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit", bool(self.mounts)))
-            yield self._shown([Node._make(row[:-1]) for row in rows], floor)
+            rows = list(self.select(where, {"parent": id, "after": after, "limit": PIECE}, columns, " ORDER BY key LIMIT :limit", bool(self.mounts)))
+            yield from self.shown([Node._make(row[:-1]) for row in rows], floor)
             after = rows[-1][-1] if len(rows) == PIECE else None
-
-    def children_of(self, ids: Sequence[int]) -> Iterator[Node]:
-        """What some collections hold, in no order: those that hold little are read together."""
-        at, count = 0, PIECE
-        while at < len(ids):
-            some = ids[at:at + count]
-            found = self._held(some) if len(some) > 1 else None
-            if found is None and len(some) > 1:
-                count = len(some) // 2
-                continue
-            yield from self.children(*some) if found is None else itertools.chain.from_iterable(found.values())
-            at, count = at + len(some), min(PIECE, 2 * count)
-
-    def _held(self, ids: Sequence[int]) -> dict[int, list[Node]] | None:
-        """What some collections hold, PIECE of them at most, in the order of names; None if that is more than PIECE."""
-        where, params = is_among("e.parent", list(ids))
-        rows = list(self._select(where, {**params, "limit": PIECE + 1}, IN_ORDER[1], " LIMIT :limit", bool(self.mounts)))
-        if len(rows) > PIECE:
-            return None
-        found: dict[int, list[Node]] = {id: [] for id in ids}
-        for row in sorted(rows, key=lambda row: row[-1]):
-            found[row[4]].append(Node._make(row[:-1]))
-        return found
-
-    def _read_ahead(self, ids: list[int], known: dict[int, list[Node]]) -> None:
-        """Note what the first of some collections hold, and those in them, and so on, about PIECE nodes in all."""
-        left = PIECE
-        while ids and left > 0:
-            found = self._held(ids[:PIECE])
-            if found is None and left < PIECE:
-                break
-            if found is None:
-                ids = ids[:min(PIECE, len(ids)) // 2]
-                continue
-            known.update(found)
-            nodes = list(itertools.chain.from_iterable(found.values()))
-            left, ids = left - max(1, len(nodes)), [node.node for node in nodes if node.kind]
 
     def page(self, id: int, order: str, start: int, limit: int) -> list[Node]:
         """Some of what a collection holds now; `order` is made of SORTS."""
         mounts = {"m%d" % n: grant.mount for n, grant in enumerate(self.grants.values())}
-        nodes = self._shown(list(map(Node._make, self.read(
+        nodes = self.shown(list(map(Node._make, self.read(
             entries_now("e.parent = :parent", source=page_source(len(mounts))) + " ORDER BY " + order + " LIMIT :limit OFFSET :start",
             {**mounts, "parent": id, "limit": limit, "start": start}))))
         return list(map(self.named, nodes)) if mounts else nodes
 
-    def _shown(self, nodes: list[Node], floor: int = 0) -> list[Node]:
+    def shown(self, nodes: list[Node], floor: int = 0) -> list[Node]:
         """The same as they are seen: of a mount its target, under the name that it has here; none that leads nowhere."""
         floor = max(floor, self.floor)
         if floor:
@@ -8186,12 +8146,12 @@ class Moment:
         missed   told of each collection that cannot be read, and of why; without it that ends the walk
         """
         known: dict[int, list[Node]] = {}                # what collections hold that were read ahead
-        floor = self.floor_at(id)
-        pending: list[tuple[tuple[str, ...], int, Iterator[list[Node]], deque[Node]]] = [(path, floor, filter(None, self._pages(id, floor)), deque())]
+        floor, ahead = self.floor_at(id), Ahead(self)
+        pending: list[tuple[tuple[str, ...], int, Iterator[Node], deque[Node]]] = [(path, floor, self.children(id, floor), deque())]
         while pending:
-            above, floor, pages, nodes = pending[-1]
+            above, floor, more, nodes = pending[-1]
             try:
-                nodes.extend(() if nodes else next(pages, ()))
+                nodes.extend(() if nodes else itertools.islice(more, PIECE))
             except CloudError as error:
                 if missed is None:
                     raise
@@ -8203,12 +8163,7 @@ class Moment:
             yield above + (node.name,), node
             if node.kind:
                 floor = self._grants[node.node].seq if self._grants and node.node in self._grants else floor
-                if node.node not in known:
-                    with suppress(CloudError):           # it is met again where it is told of
-                        self._read_ahead([node.node, *(one.node for one in nodes if one.kind and one.node not in known)], known)
-                held = known.pop(node.node, None)
-                pages = self._pages(node.node, floor) if held is None else iter([self._shown(held, floor)])
-                pending.append((above + (node.name,), floor, filter(None, pages), deque()))
+                pending.append((above + (node.name,), floor, ahead.children(node.node, floor, nodes), deque()))
 
     def line(self, id: int | None) -> Iterator[int]:
         """A node and what held it, upwards, even if that hung nowhere."""
@@ -8289,7 +8244,7 @@ class Moment:
         while ids:
             self._nodes.update(dict.fromkeys(ids))
             for some in pieces(ids):
-                self._nodes.update((node.node, node) for node in map(Node._make, self._select(*is_among("e.node", some))))
+                self._nodes.update((node.node, node) for node in map(Node._make, self.select(*is_among("e.node", some))))
             ids = list({self._parent(id) for id in ids}.difference(self._nodes, [None]))
 
     # ---- what belongs to a node and to its children, as it is now
@@ -8327,6 +8282,57 @@ class Moment:
             found.update(self.read("SELECT t.home, t.manifest FROM entry e JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest "
                                    "WHERE e.node IN (" + marks(some) + ") AND e.until IS NULL", some))
         return found
+
+
+class Ahead:
+    """What collections hold, read together of those that hold little."""
+
+    def __init__(self, moment: Moment) -> None:
+        self.moment, self.known = moment, {}                 # {collection: what it holds}
+
+    def children(self, id: int, floor: int, following: Iterable[Node]) -> Iterator[Node]:
+        """As Moment.children; nodes that follow will be asked for soon."""
+        if id not in self.known:
+            with suppress(CloudError):                   # it is met again by who asks for that alone
+                self._look([id, *(node.node for node in following if node.kind and node.node not in self.known)])
+        held = self.known.pop(id, None)
+        return self.moment.children(id, floor) if held is None else iter(self.moment.shown(held, floor))
+
+    def _look(self, ids: list[int]) -> None:
+        """Read what the first of some collections hold, and those in them, and so on, about PIECE nodes in all."""
+        ids, left = ids[:PIECE], PIECE
+        while ids and left > 0:
+            found = self._held(ids[:PIECE])
+            if found is None and left < PIECE:
+                break
+            ids = ids[:len(ids) // 2]                    # of the first ones
+            if found is not None:
+                self.known.update(found)
+                nodes = list(itertools.chain.from_iterable(found.values()))
+                left, ids = left - max(1, len(nodes)), [node.node for node in nodes if node.kind]
+
+    def _held(self, ids: Sequence[int]) -> dict[int, list[Node]] | None:
+        """What some collections hold, PIECE of them at most, in the order of names, not yet as it is seen; None if that is more than PIECE."""
+        where, params = is_among("e.parent", list(ids))
+        rows = list(self.moment.select(where, {**params, "limit": PIECE + 1}, IN_ORDER[1], " LIMIT :limit", bool(self.moment.mounts)))
+        if len(rows) > PIECE:
+            return None
+        found: dict[int, list[Node]] = {id: [] for id in ids}
+        for row in sorted(rows, key=lambda row: row[-1]):
+            found[row[4]].append(Node._make(row[:-1]))
+        return found
+
+    def children_of(self, ids: Sequence[int]) -> Iterator[Node]:
+        """What some collections hold, in no order."""
+        at, count = 0, PIECE
+        while at < len(ids):
+            some = ids[at:at + count]
+            found = self._held(some) if len(some) > 1 else None
+            if found is None and len(some) > 1:
+                count = len(some) // 2
+                continue
+            yield from self.moment.children(*some) if found is None else self.moment.shown(list(itertools.chain.from_iterable(found.values())))
+            at, count = at + len(some), min(PIECE, 2 * count)
 
 
 class Stay(NamedTuple):
@@ -9372,7 +9378,7 @@ class HomePart:
         for before, after, *_ in changes if as_of is None else ():
             if before:
                 guards.append(still_there(before))
-                if before.kind and (after is None or after.parent != before.parent):         # its sums leave the chain with it
+                if before.kind == COLLECTION and (after is None or after.parent != before.parent):        # its sums leave the chain with it
                     guards.append(Statement(SAME_SUMS, (before.node, before.size, before.files)))
         if self.place.quota is not None and self.growth > 0:
             guards.append(Statement(
@@ -9458,7 +9464,9 @@ class Draft:
         self.parts.setdefault(place.view.home, HomePart(place)).mounts[path[0]] = place.view.top
 
     def look_at(self, paths: Collection[tuple[str, ...]]) -> None:
-        """Read what is at many paths, level by level; else each would be asked for by itself."""
+        """Read what is at many paths, level by level; else each would be asked for by itself, which is as quick for a source and a target."""
+        if len(paths) <= 2:
+            return
         self._is_looked_at = True
         holders = {(): self.top[-1]}
         for depth in range(max(map(len, paths), default=0)):
@@ -9471,11 +9479,6 @@ class Draft:
                         node = self.mounted(path).node
                 if node and node.kind == COLLECTION:
                     holders[path] = node.node
-
-    def look_at_many(self, paths: Collection[tuple[str, ...]]) -> None:
-        """The same, if there are more than a source and a target: for those another way is as short."""
-        if len(paths) > 2:
-            self.look_at(paths)
 
     def home_of(self, path: tuple[str, ...]) -> int:
         """The home that a path led to which was entered."""
@@ -10317,7 +10320,7 @@ class Stars:
         """Mark files and collections that somebody may read with a star, in one step, or take it away."""
         def attempt() -> Batch:
             plan, nodes = Plan(self.tree, who), []
-            plan.now.look_at_many(paths)
+            plan.now.look_at(paths)
             for path in paths:
                 place = plan.now.enter(path)
                 place.need(READ)
@@ -10420,29 +10423,14 @@ class Files:
 
     def path_of(self, who: Principal, node: int) -> tuple[str, ...]:
         """Where a live node is for `who`.  raises CloudError not-found if that is nowhere"""
-        return self.paths_of(who, [node])[0]
-
-    def paths_of(self, who: Principal, nodes: Sequence[int]) -> list[tuple[str, ...]]:
-        """The same of some nodes."""
-        here = self.tree.mounts.seen_by(who)
-        here.load(nodes if len(nodes) > 1 else ())           # else all on the way are read at once
-        paths = list(map(here.path, nodes))
-        if None in paths:
+        path = self.tree.mounts.seen_by(who).path(node)
+        if path is None:
             raise CloudError("not-found", "there is nothing of that id")
-        return paths
+        return path
 
     def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[tuple[str, ...], Node]]:
         """Those of some paths at which there is something, and what."""
-        return [(path, shown(place, path)) for path, place in zip(paths, self._enter_each(who, paths)) if place.node]
-
-    def _enter_each(self, who: Principal, paths: Sequence[tuple[str, ...]]) -> list[Place]:
-        """As Tree.enter, to read what is there."""
-        now = Draft(self.tree, who)
-        now.look_at_many(paths)
-        places = list(map(now.enter, paths))
-        for place in places:
-            place.need(READ)
-        return places
+        return [(path, shown(place, path)) for path, place in zip(paths, enter_each(self.tree, who, paths)) if place.node]
 
     def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
         """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
@@ -10526,7 +10514,7 @@ class Files:
         """Move nodes to the trash, in one step; returns its seq.  raises CloudError not-found, forbidden, locked"""
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
-            plan.now.look_at_many(paths)
+            plan.now.look_at(paths)
             for path in outermost(paths):
                 plan.remove(path, given)
             return plan.batch("delete", {"path": list(paths)})
@@ -10550,7 +10538,7 @@ class Files:
 
         def attempt() -> Batch:
             plan = Plan(self.tree, who)
-            plan.now.look_at_many([path for pair in pairs for path in pair])
+            plan.now.look_at([path for pair in pairs for path in pair])
             moved = [plan.move(*pair, given, how) for pair, how in zip(pairs, for_each(clash, pairs))]
             return plan.batch("move", name_pairs(pairs), moved)
 
@@ -10574,7 +10562,7 @@ class Files:
         def attempt() -> Batch:
             copies, nodes, tops = found[0] if below is not None else found.pop() if found else self._measure(who, act)
             plan = Plan(self.tree, who)
-            plan.now.look_at_many([path for pair in act.pairs for path in pair])
+            plan.now.look_at([path for pair in act.pairs for path in pair])
             plan.rows += copies.statements() if below is None else below
             made = [plan.move(*pair, act.given, how) if top is None else plan.copy(node, top, *pair, act.given, how)
                     for node, top, pair, how in zip(nodes, tops, act.pairs, for_each(act.clash, act.pairs))]
@@ -10600,7 +10588,7 @@ class Files:
     def _measure(self, who: Principal, act: CopyTask) -> tuple[Copies, list[Node], list[Node | None]]:
         """What there is to copy, and the tops of the copies; None for what can be moved."""
         there = self.tree.enter(who, act.pairs[0][1])
-        copies, here = Copies(self.db, there.view.home, who.person), self._enter_each(who, [source for source, _ in act.pairs])
+        copies, here = Copies(self.db, there.view.home, who.person), enter_each(self.tree, who, [source for source, _ in act.pairs])
         nodes = [shown(place, source) for place, (source, _) in zip(here, act.pairs)]
         tops = [None if act.ends and (place.is_top or node.home == copies.home) else copies.measure(node, act.deep) for place, node in zip(here, nodes)]
         self.tree.store(there, price=copies.cost())
@@ -10760,6 +10748,16 @@ def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     import uuid
     return uuid.uuid4().urn
+
+
+def enter_each(tree: Tree, who: Principal, paths: Sequence[tuple[str, ...]]) -> list[Place]:
+    """As Tree.enter, to read what is there."""
+    now = Draft(tree, who)
+    now.look_at(paths)
+    places = list(map(now.enter, paths))
+    for place in places:
+        place.need(READ)
+    return places
 
 
 def shown(place: Place, path: tuple[str, ...]) -> Node:
@@ -11233,7 +11231,7 @@ class Span:
         pending = [id for id in watched(ids, alive) if here(id) and here(id).kind and not self.then.here(id)]
         while pending:
             pending, above = [], pending
-            for child in watched(self.now.children_of(above), alive):
+            for child in watched(Ahead(self.now).children_of(above), alive):
                 if child.node not in found:
                     found[child.node] = None
                     if child.kind:
@@ -11851,7 +11849,9 @@ class Trash:
             return plan.batch("restore", {"path": [item.path for item in items]})
 
         seq = self.db.write(attempt).seq
-        return seq, [path[:bool(view.seq)] + below for below in self.files.paths_of(view.who, list(dict.fromkeys(nodes)))]
+        here = self.tree.mounts.seen_by(view.who)
+        here.load(nodes)
+        return seq, [path[:bool(view.seq)] + (here.path(node) or ()) for node in dict.fromkeys(nodes)]
 
     def item(self, who: Principal, node: int) -> Trashed:
         """One of them.  raises CloudError not-found"""
@@ -11875,6 +11875,7 @@ class Trash:
         """
         view = view_of(who)
         view.need(DELETE)
+        view.need(PAST)
         view.need_whole()
         if who.means == "token":
             raise CloudError("forbidden", "an app password cannot empty the trash; do so on the page")

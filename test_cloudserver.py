@@ -7496,7 +7496,7 @@ def test_emptying_the_trash_is_for_good(cloud, ann):
 GIVE_UP = {  # how deleted things come to be given up for good
     "all of the trash": lambda cloud, ann, upkeep: cloud.trash.empty(ann),
     "one by one": lambda cloud, ann, upkeep: [cloud.trash.empty(ann, item.node.node) for item in cloud.trash.list(ann)],
-    "its days are over": lambda cloud, ann, upkeep: cloud.db.run(*cs.give_up([item.node[1:3] + item.node[:1] for item in cloud.trash.list(ann)])),
+    "its days are over": lambda cloud, ann, upkeep: cloud.db.run(*cs.give_up(ann.account, [item.node.node for item in cloud.trash.list(ann)], cloud.db.head())),
 }
 BRING_BACK = {  # how somebody may try to have them again
     "undo": lambda cloud, ann, seq: cloud.history.undo(ann, seq),
@@ -10364,6 +10364,167 @@ def test_what_happened_to_many_is_found_by_few_statements_and_no_snapshot(cloud,
     rewound = few(lambda: cloud.history.rewind(ann, ("c", "b"), first)[1])
     undone = few(lambda: cloud.history.undo(ann, cloud.db.head())[1])
     assert (rewound, undone) == ((60, True), (0, True)) and len(listed(cloud, ann, "c/b")) == 60
+
+
+class Told:
+    """How many statements databases were told, each as often as it is sent: Told.of(act)."""
+
+    def __init__(self, monkeypatch):
+        self.all = []
+
+        def asking(read):
+            return lambda sql, params=(): self.all.append(sql) or read(sql, params)
+
+        def watch(engine, name):
+            monkeypatch.setattr(engine, name, lambda db, sql, params=(), real=getattr(engine, name): asking(partial(real, db))(sql, params))
+
+        def watch_snapshots(engine, real):
+            @contextlib.contextmanager
+            def snapshot(db):
+                with real(db) as read:
+                    yield asking(read)
+            monkeypatch.setattr(engine, "snapshot", snapshot)
+
+        def commit(db, batch, real=cs.Sqlite.commit):
+            self.all += [one.sql for part in (batch, *batch.also) for one in (*part.guards, *part.body)]
+            return real(db, batch)
+
+        def say(writer, batch, *how, real=cs.ClusterWriter._say):
+            said = real(writer, batch, *how)
+            self.all += [bound.sql for bound in said]
+            return said
+
+        for engine, name in (cs.Sqlite, "read"), (cs.Postgres, "read"), (cs.Postgres, "find"):
+            watch(engine, name)
+        watch_snapshots(cs.Sqlite, cs.Sqlite.snapshot), watch_snapshots(cs.Postgres, cs.Postgres.snapshot)
+        monkeypatch.setattr(cs.Sqlite, "commit", commit), monkeypatch.setattr(cs.ClusterWriter, "_say", say)
+
+    def of(self, act):
+        self.all.clear()
+        act()
+        return len(self.all)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    return Told(monkeypatch)
+
+
+class Crowd:
+    """A cloud in which ann has many small files in a collection d, or each in one of its own, and what is then done with all of them."""
+
+    def __init__(self, cloud, count, wide):
+        self.cloud, self.count, self.ann, self.bob, self.first = cloud, count, account(cloud, admin=True), account(cloud, "bob"), cloud.db.head()
+        self.paths = [("d", "%05d" % n) for n in range(count)]
+        self.commit([{"mkdir": "d"}, *({"mkdir": "/".join(path)} for path in self.paths if wide)])
+        self.commit([step_put("/".join(path) + "/f" * wide, b"x") for path in self.paths], [b"x"])
+        self.filled = cloud.db.head()
+
+    def commit(self, steps, datas=(), **how):
+        assert not {"problem"} & set().union(*commit(self.cloud, self.ann, steps, datas, **how))
+
+    def overwrite(self):
+        self.commit([step_put("/".join(path), b"y") for path in self.paths], [b"y"])
+
+    def overwrite_as_device(self):
+        self.device = self.limited()
+        self.overwrite()
+
+    def delete_each(self):
+        self.commit([{"delete": "/".join(path), "since": self.filled} for path in self.paths], since=self.filled)
+
+    def delete_apart(self):
+        for path in self.paths:
+            self.cloud.files.delete(self.ann, path)
+
+    def delete_tree(self):
+        self.cloud.files.delete(self.ann, ("d",))
+
+    def delete_many(self):
+        self.cloud.files.delete(self.ann, *self.paths)
+
+    def move_each(self):
+        self.commit([{"mkdir": "e"}, *({"move": "/".join(path), "to": "e/" + path[-1]} for path in self.paths)])
+
+    def write_one(self):
+        for n in range(self.count):
+            put(self.cloud, self.ann, "d/one", b"%d" % n)
+
+    def make_e(self):
+        self.cloud.files.make_collection(self.ann, ("e",))
+
+    def share_e(self):
+        self.cloud.files.make_collection(self.bob, ("e",)), give(self.cloud, self.bob, "e", "ann", role="edit")
+
+    def share(self):
+        self.shared = self.cloud.db.head()
+        give(self.cloud, self.ann, "d", "bob")
+
+    def share_each(self):
+        for path in self.paths:
+            give(self.cloud, self.ann, "/".join(path), "bob")
+
+    def star(self):
+        self.cloud.files.stars.mark(self.ann, *self.paths, on=True)
+
+    def come_back(self):
+        self.delete_tree()
+        self.gone = self.cloud.db.head()
+        self.cloud.history.bring_back(self.ann, self.filled, ("d",))
+
+    def undo(self, who=None):
+        return self.cloud.history.undo(who or self.ann, self.cloud.db.head())
+
+    def limited(self):
+        return token_of(self.cloud, self.ann, "limited", node=self.cloud.files.stat(self.ann, ("d",)).node)
+
+    def changes(self, since):
+        return self.cloud.feed.changes(self.ann, (), since)[1]
+
+    def trashed(self):
+        return [item.node.node for item in self.cloud.trash.list(self.ann)]
+
+    def to_e(self):
+        return [(path, ("e", path[-1])) for path in self.paths]
+
+
+MANY = [  # what is done before, what is asked then, and where in collections of their own
+    ("", "undo of new files", lambda c: c.undo()), ("overwrite", "undo of overwriting", lambda c: c.undo()), ("delete_each", "undo of deleting", lambda c: c.undo()),
+    ("move_each", "undo of moving", lambda c: c.undo()), ("overwrite_as_device", "undo by who is limited", lambda c: c.undo(c.device)),
+    ("overwrite", "rewind", lambda c: c.cloud.history.rewind(c.ann, (), c.filled)), ("", "rewind of all, wide", lambda c: c.cloud.history.rewind(c.ann, (), c.first)),
+    ("overwrite", "rewind by who is limited", lambda c: c.cloud.history.rewind(c.limited(), (), c.filled)),
+    ("delete_tree", "bring back, wide", lambda c: c.cloud.history.bring_back(c.ann, c.filled, ("d",))),
+    ("delete_each", "differences", lambda c: c.cloud.history.differences(c.ann, (), c.filled)),
+    ("write_one", "activity", lambda c: c.cloud.journal.activity(c.ann, limit=c.count)),
+    ("write_one", "activity of who is limited", lambda c: c.cloud.journal.activity(c.limited(), limit=c.count)),
+    ("write_one", "versions of who is limited", lambda c: c.cloud.versions.list(c.limited(), ("one",))),
+    ("", "feed, wide", lambda c: c.changes(c.first)), ("delete_each", "feed of what went", lambda c: c.changes(c.filled)),
+    ("delete_apart", "feed of what came and went", lambda c: c.changes(c.first)), ("delete_tree", "feed of a tree that came and went, wide", lambda c: c.changes(c.first)),
+    ("come_back", "feed of what is in sight again, wide", lambda c: c.changes(c.gone)), ("share", "feed of a mount", lambda c: c.cloud.feed.changes(c.bob, (), c.shared)),
+    ("", "archive", lambda c: list(c.cloud.history.archive(c.ann, ("d",)))), ("", "archive, wide", lambda c: list(c.cloud.history.archive(c.ann, ("d",)))),
+    ("", "manifest, wide", lambda c: list(c.cloud.sync.manifest(c.ann, (), chunks=True)[2])), ("share", "walk in a mount, wide", lambda c: list(c.cloud.files.walk(c.bob, ("d",)))),
+    ("", "commit of overwriting", lambda c: c.overwrite()), ("", "commit of deleting", lambda c: c.delete_each()), ("", "commit of moving", lambda c: c.move_each()),
+    ("", "delete", lambda c: c.delete_many()), ("", "delete, wide", lambda c: c.delete_many()), ("make_e", "move", lambda c: c.cloud.files.move(c.ann, *c.to_e())),
+    ("make_e", "move, wide", lambda c: c.cloud.files.move(c.ann, *c.to_e())), ("", "copy", lambda c: c.cloud.files.copy(c.ann, (("d",), ("c",)))),
+    ("make_e", "copy of each", lambda c: c.cloud.files.copy(c.ann, *c.to_e())), ("share_e", "move to another home", lambda c: c.cloud.files.move(c.ann, *c.to_e())),
+    ("", "taken", lambda c: c.cloud.files.taken(c.ann, *c.paths)), ("", "star", lambda c: c.star()), ("star", "stars", lambda c: c.cloud.files.stars.list(c.ann)),
+    ("delete_each", "trash", lambda c: c.cloud.trash.list(c.ann)), ("delete_each", "restore", lambda c: c.cloud.trash.restore(c.ann, *c.trashed())),
+    ("delete_each", "empty the trash", lambda c: c.cloud.trash.empty(c.ann)), ("delete_tree", "empty the trash, wide", lambda c: c.cloud.trash.empty(c.ann)),
+    ("delete_each", "give up", lambda c: c.cloud.trash.empty(c.ann, *c.trashed())), ("share_each", "shares", lambda c: c.cloud.sharing.all(c.ann)),
+    ("", "usage, wide", lambda c: c.cloud.files.usage(c.ann))]
+
+
+@pytest.mark.parametrize("before, name, ask", [pytest.param(*row, id=row[1]) for row in MANY])
+def test_what_is_asked_of_many_is_asked_by_pages(make_cloud, told, before, name, ask):
+    """A statement for each would cost a way to the database and back, times all of them."""
+    counts = []
+    for count in 20, 60:
+        crowd = Crowd(make_cloud(name="of-%d" % count), count, name.endswith("wide"))
+        if before:
+            getattr(crowd, before)()
+        counts.append(told.of(lambda: ask(crowd)))
+    few, many = counts
+    assert few > 0 and many - few <= 4, Counter(told.all).most_common(3)
 
 
 # ==== 20. Sharing ========================================================================
