@@ -11253,7 +11253,7 @@ class Span:
         mounts   (mount, target) of all that ever stood in the collection
         """
         found, then, top = set(), self.then.seq, self.now.top
-        for some in pieces(ids):
+        for some in pieces(list(set(ids).difference(mount for mount, _ in mounts))):
             stays = Stays(self.now.read, itertools.chain(some, *mounts), then, purged=True)
             moments = ((id, seq) for id in some for stay in stays.of(id) if stay.until < NOW           # what held it may be gone when it went
                        for seq in (stay.since, stay.until - 1) if seq > then)

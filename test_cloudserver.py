@@ -10366,8 +10366,8 @@ def test_what_happened_to_many_is_found_by_few_statements_and_no_snapshot(cloud,
     assert (rewound, undone) == ((60, True), (0, True)) and len(listed(cloud, ann, "c/b")) == 60
 
 
-class Told:
-    """How many statements databases were told, each as often as it is sent: Told.of(act)."""
+class Tally:
+    """How many statements databases were told, each as often as it is sent: Tally.of(act)."""
 
     def __init__(self, monkeypatch):
         self.all = []
@@ -10406,8 +10406,8 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch):
-    return Told(monkeypatch)
+def tally(monkeypatch):
+    return Tally(monkeypatch)
 
 
 class Crowd:
@@ -10488,7 +10488,7 @@ class Crowd:
         return [(path, ("e", path[-1])) for path in self.paths]
 
 
-MANY = [  # what is done before, what is asked then, and where in collections of their own
+OF_MANY = [  # what is done before, what is asked then, and where in collections of their own
     ("", "undo of new files", lambda c: c.undo()), ("overwrite", "undo of overwriting", lambda c: c.undo()), ("delete_each", "undo of deleting", lambda c: c.undo()),
     ("move_each", "undo of moving", lambda c: c.undo()), ("overwrite_as_device", "undo by who is limited", lambda c: c.undo(c.device)),
     ("overwrite", "rewind", lambda c: c.cloud.history.rewind(c.ann, (), c.filled)), ("", "rewind of all, wide", lambda c: c.cloud.history.rewind(c.ann, (), c.first)),
@@ -10514,17 +10514,17 @@ MANY = [  # what is done before, what is asked then, and where in collections of
     ("", "usage, wide", lambda c: c.cloud.files.usage(c.ann))]
 
 
-@pytest.mark.parametrize("before, name, ask", [pytest.param(*row, id=row[1]) for row in MANY])
-def test_what_is_asked_of_many_is_asked_by_pages(make_cloud, told, before, name, ask):
+@pytest.mark.parametrize("before, name, ask", [pytest.param(*row, id=row[1]) for row in OF_MANY])
+def test_what_is_asked_of_many_is_asked_by_pages(make_cloud, tally, before, name, ask):
     """A statement for each would cost a way to the database and back, times all of them."""
     counts = []
     for count in 20, 60:
         crowd = Crowd(make_cloud(name="of-%d" % count), count, name.endswith("wide"))
         if before:
             getattr(crowd, before)()
-        counts.append(told.of(lambda: ask(crowd)))
+        counts.append(tally.of(lambda: ask(crowd)))
     few, many = counts
-    assert few > 0 and many - few <= 4, Counter(told.all).most_common(3)
+    assert few > 0 and many - few <= 4, Counter(tally.all).most_common(3)
 
 
 # ==== 20. Sharing ========================================================================
