@@ -16975,7 +16975,8 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
             raise CloudError("no-such-report", "only a collection can be synced")
         door = request.door
         about, answer = About(cloud, who, top, now), Multistatus(names, door, complete=not is_minimal(request))
-        reached, rows = sync_rows(cloud, who, path, read_sync_token(cloud, token), int(limit), request.check_alive)
+        since, head = read_sync_token(cloud, token), cloud.journal.head()
+        reached, rows = sync_rows(cloud, who, path, since, int(limit), request.check_alive)
         for below, kind, node in rows:
             if level == "1" and len(below) > 1:
                 continue
@@ -16984,6 +16985,9 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
                 answer.add_part(E("d:response", E("d:href", href), E("d:status", "HTTP/1.1 404 Not Found")))
             else:
                 answer.tell(href, node, about)
+    if reached < head:                           # there is more: ask again with this token (RFC 6578 s3.6)
+        answer.add_part(E("d:response", E("d:href", dav_href(request, path, True)), E("d:status", "HTTP/1.1 507 Insufficient Storage"),
+                          E("d:error", E("d:number-of-matches-within-limits"))))
     answer.add_part(E("d:sync-token", format_sync_token(cloud.epoch, reached, cloud.journal.tag_at(reached))))
     return answer.response()
 

@@ -15714,6 +15714,30 @@ def test_sync_collection_follows_every_change(call, cloud, ann):
     assert call("REPORT", "/dav/", b"<x/>").status == 403
 
 
+def test_sync_collection_says_when_there_is_more(call, cloud, ann):
+    """RFC 6578 s3.6: who asks again with the token, as long as the collection itself is told with 507, misses nothing and asks no oftener than that."""
+    put(cloud, ann, "d/a", parents=True), put(cloud, ann, "e/f", parents=True)
+
+    def report(token, limit):
+        body = ("<d:sync-collection xmlns:d='DAV:'><d:sync-token>%s</d:sync-token><d:sync-level>infinite</d:sync-level><d:limit><d:nresults>%s</d:nresults></d:limit>"
+                "<d:prop><d:getetag/></d:prop></d:sync-collection>" % (token, limit))
+        root = cs.read_xml(call("REPORT", "/dav/d/", body).body)
+        told = [(r.findtext("{DAV:}href"), r.findtext("{DAV:}status") or "") for r in root.iterfind("{DAV:}response")]
+        more = root.find("{DAV:}response/{DAV:}error/{DAV:}number-of-matches-within-limits") is not None
+        assert more == (("/dav/d/", "HTTP/1.1 507 Insufficient Storage") in told)
+        return root.findtext("{DAV:}sync-token"), {href for href, status in told if " 507 " not in status}, more
+    token, _, more = report("", 100)
+    for n in range(7):
+        put(cloud, ann, "d/%d" % n), put(cloud, ann, "e/%d" % n)
+    assert not more and report(token, 100)[1:] == ({"/dav/d/%d" % n for n in range(7)}, False)
+    found, times, more = set(), 0, True
+    while more:
+        token, some, more = report(token, 2)
+        found, times = found | some, times + 1
+        assert times < 20
+    assert found == {"/dav/d/%d" % n for n in range(7)} and times > 2 and report(token, 2)[1:] == (set(), False)
+
+
 def put_back(make_cloud, tmp_path, cloud, ann, then):
     """A copy of a cloud's directory as it is, after which `then(cloud)` goes on; the copy opened, as if it had been put back."""
     with cloud.db.as_file() as rows, contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy, contextlib.closing(sqlite3.connect(rows, uri=True)) as live:
