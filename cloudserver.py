@@ -31122,7 +31122,7 @@ def page_as_sent(packed: bool) -> tuple[bytes, dict[str, str]]:
 def web_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = (), token: str = "") -> Response:
     """The page; what it shows is up to its script, which reads the address."""
     body, fields = page_as_sent(takes_gzip(request.fields.get("accept-encoding", "")))
-    if request["if-none-match"] == fields["ETag"]:
+    if fields["ETag"][1:-1] in read_conditions(request).if_none_match:
         return Response(304, b"", {name: value for name, value in fields.items() if name != "Content-Encoding"})
     return Response(200, body, dict(fields))
 

@@ -24573,6 +24573,19 @@ def test_the_words_of_a_language_are_sent_when_they_changed(call):
     assert set(cs.WORDS) == set(re.findall(r"(\w+): \"", re.search(r"const LANGUAGES = \{(.*?)\};", SCRIPT)[1])) - {"en"}
 
 
+@pytest.mark.parametrize("path", ["/", "/files/x", "/words/de", "/visitor.js", "/settings.js", "/api/v1/openapi.json", "/api/v1/content/a", "/dav/a",
+                                  "/remote.php/webdav/a", "/dav/"])
+def test_what_a_client_has_is_not_sent_again_however_it_says_so(call, cloud, ann, path):
+    """RFC 9110 s13.1.2: a proxy that compresses makes tags weak, and a cache names all that it has."""
+    put(cloud, ann, "a", b"x")
+    for coding in ("identity", "gzip"):
+        etag = call("GET", path, Accept_Encoding=coding).headers["etag"]
+        for said in (etag, "W/" + etag, '"a", W/"b", ' + etag):
+            answer = call("GET", path, Accept_Encoding=coding, If_None_Match=said)
+            assert (answer.status, answer.body, answer.headers["etag"]) == (304, b"", etag), said
+        assert call("GET", path, Accept_Encoding=coding, If_None_Match=etag[:-1] + 'x"').status == 200
+
+
 def test_every_address_of_the_page_answers_with_the_page(call):
     for path in ("/", "/setup", "/login", "/files", "/files/a%20b/c", "/past/seq:3/a", "/versions/a", "/starred", "/shared", "/trash", "/activity", "/search?q=x",
                  "/settings", "/settings/devices", "/login/v2/flow/abc"):
