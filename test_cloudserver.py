@@ -5795,8 +5795,13 @@ class Site:
         """The synchronous ones."""
         return [one for one in self.machines if (answer := one.ask(8008, "/synchronous")) and answer.status == 200]
 
+    def follow(self):
+        """Do all others follow the leader?  One that was the leader and has not been wound back runs, too, and is of no use yet."""
+        answer = (leader := self.leader()) and leader.ask(8008, "/patroni")
+        return answer is not None and [one["state"] for one in answer.json().get("replication", ())] == ["streaming"] * 2
+
     def is_whole(self):
-        return self.leader() and self.standbys() and self.members() == 3 and all((answer := one.ask(8765, "/healthz")) and answer.status == 200 for one in self.machines)
+        return self.follow() and self.standbys() and self.members() == 3 and all((answer := one.ask(8765, "/healthz")) and answer.status == 200 for one in self.machines)
 
     def mend(self):
         """Everything is started that does not run, and waited for."""
@@ -6301,7 +6306,8 @@ LOSSES = {  # what happens to machines while everybody works: (what is done, sec
     "the leader's database killed, and who watches it": (lambda site: site.leader().signal(signal.SIGKILL, "patroni", "postgres"), 35),
     "the synchronous standby's database killed": (lambda site: site.standbys()[0].signal(signal.SIGKILL, "patroni", "postgres"), 10),
     "an etcd killed": (lambda site: site.leader().signal(signal.SIGKILL, "etcd"), 5),
-    "the leader's machine stands still, and goes on": (lambda site: site.leader().signal(signal.SIGSTOP), 28)}
+    "the leader's machine stands still, and goes on": (lambda site: site.leader().signal(signal.SIGSTOP), 28),
+    "the leader's machine is cut off": (lambda site: site.leader().cut() if site.spaces else site.leader().signal(signal.SIGSTOP), 28)}
 
 
 @slow
