@@ -3912,9 +3912,13 @@ class Database:
         """What is wrong with the rows as a whole, as far as the engine can tell.  raises CloudError"""
         return []
 
-    def examine(self) -> Iterator[tuple[bool, str]]:
-        """What is known to go wrong with the engine, quickly: (is it well?, sentence)."""
+    def examine(self) -> Iterator[tuple[bool | None, str]]:
+        """What is known to go wrong with the engine, quickly: (is it well? None: nobody can say, sentence)."""
         raise NotImplementedError
+
+    def figures(self) -> dict[str, int]:
+        """What there is to watch of the engine, as far as it is known without asking."""
+        return {}
 
     def as_file(self) -> ContextManager[str]:
         """The address by which SQLite reads all rows meanwhile: as they are, or as they were when that began.  raises CloudError, OSError"""
@@ -4069,10 +4073,10 @@ class Lease:
 
 def check_version(version: int, *, stays: bool = False) -> None:
     """raises CloudError if a database of this version was written by a newer program, or by an older one and is to stay as it is"""
-    if stays and version != 1 + len(MIGRATIONS):
-        raise CloudError("conflict", "the data was written by another version of this program; start the server on it once, or use that one")
     if version > 1 + len(MIGRATIONS):
         raise CloudError("conflict", "the data was written by a newer version of this program; use that one")
+    if stays and version <= len(MIGRATIONS):
+        raise CloudError("conflict", "the data was written by an older version of this program; start the server on it once, or use that one")
 
 
 class Replayed(CloudError):
@@ -5700,6 +5704,10 @@ class Lead:
             if early > 0:
                 time.sleep(early)
 
+    def primaries(self) -> int:
+        """How many hosts said of themselves that they are the primary; 1 where nobody asks, as there is one host."""
+        return sum(peer.history[1] >= 0 for peer in self._peers) if self._peers else 1
+
     def close(self) -> None:
         self._ended.set()
         for peer in self._peers:
@@ -5842,6 +5850,67 @@ class Questions(Turns):
         self._forgotten = False
         if self._wire:
             self._wire.close()
+
+
+# ---- all hosts looked at
+
+BEHIND_MOST = 64 * MiB           # that a standby has not got yet, which takes seconds
+CLOCKS_MOST = 5                  # seconds by which clocks may differ
+ABOUT_HOST = (  # how far the log has come there, as a number of bytes; does anybody send it what others write, does it send anybody; its clock
+    "SELECT CAST(CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) ELSE pg_current_wal_lsn() END - '0/0' AS bigint), "
+    "(SELECT count(*) FROM pg_stat_wal_receiver), (SELECT count(*) FROM pg_stat_replication), CAST(floor(extract(epoch FROM clock_timestamp()) * 1000) AS bigint)")
+
+
+class HostSaid(NamedTuple):
+    """What a host of a database says of itself."""
+    host: PgHost
+    history: tuple[int, int]     # as history_of; (0, -1) is a standby
+    log: int                     # bytes of the write-ahead log, of all that was ever written
+    follows: int                 # is it sent what the primary writes?
+    followers: int
+    ahead: int                   # ms by which its clock is ahead of ours
+
+    def is_primary(self) -> bool:
+        return self.history[1] >= 0
+
+
+def ask_host(address: PgAddress, host: PgHost) -> HostSaid:
+    """raises PgLost, PgError, CloudError"""
+    with closing(connect_host(address, {}, lambda wire: None, host, PEER_START)) as wire:
+        history, began = history_of(wire)[0], time.time() * 1000
+        (log, follows, followers, wall), = wire.query(ABOUT_HOST)
+        return HostSaid(host, history, log, follows, followers, int(wall - min(max(wall, began), time.time() * 1000)))
+
+
+def examine_hosts(address: PgAddress) -> Iterator[tuple[bool | None, str]]:
+    """What is wrong with the hosts of a database, and among them."""
+    said = []
+    for host in address.hosts:
+        try:
+            said.append(ask_host(address, host))
+        except (PgLost, PgError, CloudError) as error:
+            yield False, "a host of the database cannot be asked: %s" % error
+    primaries, standbys = ([one for one in said if one.is_primary() == which] for which in (True, False))
+    if len(primaries) > 1:
+        yield False, "%s each say to be the primary of the database: stop whichever the others do not follow, what it takes is lost" % (
+            " and ".join(str(one.host) for one in primaries))
+    for primary in primaries[:1]:
+        yield from (examine_standby(one, primary) for one in standbys)
+        if len(address.hosts) == 1:
+            yield None, "one host of the database is named: nothing takes its place here if it is lost" + (
+                "" if primary.followers else ", and no standby follows it")
+        elif not primary.followers:
+            yield False, "no standby follows %s: if it is lost, nothing takes its place" % primary.host
+    for one in said:
+        yield abs(one.ahead) <= CLOCKS_MOST * SECOND, "the clock of %s %s" % (one.host, "agrees with ours" if abs(one.ahead) <= CLOCKS_MOST * SECOND else
+            "is %d seconds %s ours; servers go by that of the primary" % (abs(one.ahead) // SECOND, "ahead of" if one.ahead > 0 else "behind"))
+
+
+def examine_standby(one: HostSaid, primary: HostSaid) -> tuple[bool, str]:
+    behind = max(0, primary.log - one.log)
+    if not one.follows:
+        return False, "%s is a standby that follows nobody, %s behind %s" % (one.host, format_size(behind), primary.host)
+    return behind <= BEHIND_MOST, "%s follows %s, %s behind" % (one.host, primary.host, format_size(behind))
 
 
 # ==== 12. Dialect =========================================================================
@@ -6912,13 +6981,17 @@ class Postgres(Database):
                 elif must_stay:
                     raise CloudError("conflict", "what was to be copied was swept meanwhile; do it again")
 
-    def examine(self) -> Iterator[tuple[bool, str]]:
+    def examine(self) -> Iterator[tuple[bool | None, str]]:
         (standby,), = self.read("SELECT current_setting('synchronous_standby_names')")
         yield bool(standby), "the database has %s synchronous standby%s" % (("a", "") if standby else ("no", ": what is acknowledged is lost with its disk"))
         old = ["%s of %s%s, process %d, for %d s" % row for row in self.read(OLD_TRANSACTIONS)]
         yield not old, "%d transactions of the database are older than a minute%s" % (
             len(old), ", and keep what is changed meanwhile from being cleared away: " + "; ".join(old[:5]) if old else "")
         yield self.index().has_names, "the database can index names (pg_trgm)"
+        yield from examine_hosts(self.place)
+
+    def figures(self) -> dict[str, int]:
+        return {"database_hosts": len(self.place.hosts), "database_primaries": self._lead.primaries()}
 
     # ---- opening
 
@@ -14598,7 +14671,7 @@ def metrics(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Numbers in Prometheus' text format, to this machine and to administrators (N6)."""
     if not who.admin and not ipaddress.ip_address(request.address).is_loopback:
         raise CloudError("forbidden", "metrics are for this machine and for administrators")
-    lines = ["# TYPE cloudserver_%s gauge\ncloudserver_%s %d\n" % (name, name, value) for name, value in cloud.numbers().items()]
+    lines = ["# TYPE cloudserver_%s gauge\ncloudserver_%s %d\n" % (name, name, value) for name, value in {**cloud.numbers(), **cloud.db.figures()}.items()]
     return Response(200, "".join(lines).encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8",
                                                    "Cache-Control": "no-store"})
 
@@ -19436,7 +19509,7 @@ def announce(config: Config, port: int, password: str | None) -> None:
         settle(cloud, prove=True)
         unclean = [put_setting("unclean", "1")] if cloud.db.setting("running") else []       # the janitor looks (R22)
         cloud.db.run(put_setting("running", here), *unclean, frees=True)
-        for _, sentence in () if not config.database else [row for row in cloud.db.examine() if not row[0]]:
+        for _, sentence in () if not config.database else [row for row in cloud.db.examine() if row[0] is False]:
             log.warning(sentence)
         at = [*urls, *([here + " for the proxy"] if config.behind_proxy else [])]
         print("cloudserver serves %s at %s" % (config.data.resolve(), ", ".join(dict.fromkeys(at))))
@@ -20475,7 +20548,7 @@ def file_system_of(path: Path) -> str:
     return best[1]
 
 
-def examine_cloud(config: Config) -> Iterator[tuple[bool, str]]:
+def examine_cloud(config: Config) -> Iterator[tuple[bool | None, str]]:
     try:
         with closing(Cloud(config, how="open")) as cloud:
             yield from examine_data(cloud)
@@ -20501,7 +20574,7 @@ def examine_store(cloud: Cloud) -> Iterator[tuple[bool, str]]:
     yield not store.has(name), "... deletes it"
 
 
-def examine_data(cloud: Cloud) -> Iterator[tuple[bool, str]]:
+def examine_data(cloud: Cloud) -> Iterator[tuple[bool | None, str]]:
     yield not cloud.db.damage(), "the database is whole"
     yield from cloud.db.examine()
     yield cloud.accounts.is_set_up(), "there is an account"
@@ -23880,6 +23953,7 @@ def run_doctor(config: Config, given: Arguments) -> int:
     """look for what is known to go wrong"""
     if not (config.data.is_dir() if config.database else (config.data / "cloud.db").exists()):
         raise CloudError("not-found", "%s holds no cloud" % config.data)
+    check_upgrade(config.data)
     code = 0
     for well, sentence in examine_server(config) if given.alive else examine(config):
         print("%s  %s" % ({True: "ok  ", False: "LOOK", None: "-   "}[well], sentence))

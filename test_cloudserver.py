@@ -4193,6 +4193,61 @@ def lead(hosts):
     lead.close()
 
 
+def test_doctor_tells_what_is_wrong_among_the_hosts_of_a_database(monkeypatch):
+    """With two real ones: a standby that is behind, follows nobody, is away; a clock that is wrong; two primaries; and one host alone."""
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as undo:
+        first, second = Postgres.pair(Path(home), undo)
+        monkeypatch.setenv("CLOUDSERVER_DATABASE_PASSWORD", first.PASSWORD)
+        one, two = ("127.0.0.1:%d" % server.port for server in (first, second))
+        address = cs.PgAddress.parse("postgres://cloud@%s,%s/postgres" % (one, two))
+        wire, other = undo.enter_context(contextlib.closing(first.wire())), cs.connect_host(address, {}, lambda wire: None, address.hosts[1])
+        undo.callback(other.close)
+
+        def look(address=address):
+            """What it says of each kind: {well: sentences}."""
+            rows = list(cs.examine_hosts(address))
+            return {well: [said for is_, said in rows if is_ is well] for well in (True, False, None)}
+
+        def tells(text, address=address):
+            assert eventually(lambda: [text] == [re.sub(r"[\d.]+ \w*B\b", "N", said) for said in look(address)[False]]), look(address)
+        clocks = ["the clock of %s agrees with ours" % host for host in (one, two)]
+        assert eventually(lambda: wire.query("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'") == [(1,)])
+        assert eventually(lambda: look()[True] == ["%s follows %s, 0 B behind" % (two, one), *clocks]) and not look()[False] + look()[None], look()
+        with monkeypatch.context() as patch:
+            wall = time.time
+            patch.setattr(cs.time, "time", lambda: wall() - 100)
+            assert {re.sub(r"is \d+ s", "is N s", said) for said in look()[False]} == {"the clock of %s is N seconds ahead of ours; servers go by that of the primary" % host for host in (one, two)}
+        wire.script("SET synchronous_commit = 'local'")
+        (receiver,), = other.query("SELECT pid FROM pg_stat_wal_receiver")
+        os.kill(receiver, signal.SIGSTOP)
+        try:
+            monkeypatch.setattr(cs, "BEHIND_MOST", MiB)
+            wire.query("SELECT count(pg_logical_emit_message(false, 'x', repeat('y', 1000000))) FROM generate_series(1, 9)")
+            tells("%s follows %s, N behind" % (two, one))
+        finally:
+            os.kill(receiver, signal.SIGCONT)
+        assert eventually(lambda: not look()[False])
+        single = cs.PgAddress.parse("postgres://cloud@%s/postgres" % one)
+        assert look(single) == {True: clocks[:1], False: [], None: ["one host of the database is named: nothing takes its place here if it is lost"]}
+        other.script("ALTER SYSTEM SET primary_conninfo = ''"), other.query("SELECT pg_reload_conf()")
+        assert eventually(lambda: [re.sub(r"[\d.]+ \w*B\b", "N", said) for said in look()[False]] == [
+            "%s is a standby that follows nobody, N behind %s" % (two, one), "no standby follows %s: if it is lost, nothing takes its place" % one]), look()
+        assert look(single)[None] == ["one host of the database is named: nothing takes its place here if it is lost, and no standby follows it"]
+        second.run("pg_ctl", "promote", "-D", second.data)
+        assert eventually(lambda: "%s and %s each say to be the primary of the database: stop whichever the others do not follow, what it takes is lost" % (one, two) in look()[False]), look()
+        other.close(), second.stop(signal.SIGQUIT)
+        gone = look()[False]
+        assert len(gone) == 2 and gone[0].startswith("a host of the database cannot be asked: %s: " % two) and gone[1].startswith("no standby follows %s" % one), gone
+
+
+def test_how_many_say_to_be_the_primary_is_known_without_asking(hosts, lead):
+    assert eventually(lambda: lead.primaries() == 1) and cs.Lead(cs.PgAddress("u", "d", tuple(hosts.said)[:1], {})).primaries() == 1
+    hosts.said[hosts.all[1]] = [7, 6, 1]
+    for peer in lead._peers:
+        peer.wanted.set()
+    assert eventually(lambda: lead.primaries() == 2)
+
+
 def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts, lead):
     wire, (first, second, third) = hosts.connect(hosts.address, {}, lead.accept, list(hosts.said)[0]), hosts.all
     assert wire.history == (7, 5)
@@ -4996,7 +5051,7 @@ def test_a_migration_of_shared_tables_is_all_or_nothing(open_db, monkeypatch):
     with pytest.raises(CloudError, match="cannot be used"):
         open_db()
     monkeypatch.setattr(cs, "MIGRATIONS", [*today, "CREATE TABLE extra (a INTEGER)"])
-    with pytest.raises(CloudError, match="another version"):         # whoever only reads changes nothing
+    with pytest.raises(CloudError, match="older version"):           # whoever only reads changes nothing
         cs.Postgres(before.place, Clock(), "read")
     threads = [ThreadPoolExecutor(1).submit(open_db) for _ in range(3)]              # as servers that start at once
     assert [thread.result().read("SELECT a FROM extra") for thread in threads] == [[]] * 3
@@ -18797,7 +18852,7 @@ def test_a_move_that_is_killed_anywhere_goes_on(hops, monkeypatch, rng, step):
 
 
 @BOTH_ENGINES
-@pytest.mark.parametrize("why, what", [("a cloud", "both hold a cloud"), ("objects", "not empty"), ("newer", "another version"), ("a role", "cannot be used"), ("full", "full"),
+@pytest.mark.parametrize("why, what", [("a cloud", "both hold a cloud"), ("objects", "not empty"), ("newer", "newer version"), ("a role", "cannot be used"), ("full", "full"),
                                        ("nobody there", "cannot be used"), ("another move", "began"), ("no database", "--database")])
 def test_a_wrong_target_is_refused_and_the_source_goes_on(hops, database_of, tmp_path, postgres, make_cloud, monkeypatch, why, what):
     asked = hops.next()
@@ -24059,6 +24114,97 @@ def test_every_command_works_on_shared_tables_with_the_flags_of_serve(here, data
         assert says in capsys.readouterr().out, words
         done.add(max((name for name in cs.COMMANDS if words.startswith(name)), key=len))
     assert (tmp_path / "out" / "large").read_bytes() == (tmp_path / "plain" / "large").read_bytes() and set(cs.COMMANDS) - done == {"serve", "sync"}
+
+
+ON_A_DIRECTORY = [  # (a command on {data}, its code, what it says): all there are but serve, sync and what makes a new directory
+    ("user add bob --password-stdin", 0, ""), ("user list", 0, "ann"), ("user passwd ann --password-stdin", 0, ""), ("user remove ann --yes", 0, ""), ("group add crew", 0, ""),
+    ("group join club ann", 0, ""), ("group list", 0, "club"), ("group leave club ann", 0, ""), ("group remove club --yes", 0, ""), ("import {plain} --user ann --into more", 0, "1 files stored"),
+    ("verify", 0, "all is well"), ("verify --quick", 0, "all is well"), ("export {out} --user ann", 0, "1 files written"), ("gc", 0, "0 deleted"), ("gc --now --yes", 0, "ann: 0"),
+    ("backup {out}", 0, "1 chunks"), ("repair {backup}", 0, "0 parts are damaged"), ("repair {backup} --yes", 0, "0 parts are whole"), ("restored", 0, "Clients"), ("doctor", None, "the database is whole"),
+    ("doctor --alive", 0, "no server runs")]
+NEWER, RUNS, THERE = "written by a newer version of this program; use that one", "a server of an older version runs on", "holds a cloud already"
+OTHERS_ON_A_DIRECTORY = [("serve --port 0", NEWER, ""), ("restore {backup}", THERE, THERE), ("move --database postgres://cloud@127.0.0.1:1/cloud", NEWER, "by an older version of this program; start the server on it once"),
+                         ("move --abort --database postgres://cloud@127.0.0.1:1/cloud", NEWER, "")]
+
+
+class Versions:
+    """Directories of this version of the program and of the next one: versions.make("now"), versions.run(the words of a command, data, "next")."""
+
+    NEXT = "CREATE TABLE later (id INTEGER PRIMARY KEY) WITHOUT ROWID"
+
+    def __init__(self, here, home, monkeypatch, capsys):
+        self.here, self.home, self.monkeypatch, self.capsys, self.now = here, home, monkeypatch, capsys, cs.MIGRATIONS
+        (home / "plain").mkdir()
+        (home / "plain" / "large").write_bytes(random_bytes(300_000))
+        for version in "now", "next":
+            for words in "user add ann --admin --password-stdin", "group add club", "group join club ann", "import {plain} --user ann", "backup {backup}":
+                code, told = self.run(words, home / version, version, backup=home / ("backup of " + version))
+                assert code == 0, told
+
+    def run(self, words, data, version, backup=None):
+        """(exit code, all that it said)"""
+        self.monkeypatch.setattr(cs, "MIGRATIONS", [*self.now, *[self.NEXT] * (version == "next")])
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO(PASSWORD + "\n"))
+        named = {"plain": self.home / "plain", "out": self.home / "out", "backup": backup or self.home / "backup of now"}
+        try:
+            code = self.here(*(word.format(**named) for word in words.split()), "--data", data)
+        finally:
+            shutil.rmtree(self.home / "out", ignore_errors=True)
+        return code, "".join(self.capsys.readouterr())
+
+    def copy(self, version):
+        shutil.rmtree(self.home / "copy", ignore_errors=True)
+        return Path(shutil.copytree(self.home / version, self.home / "copy"))
+
+    def reached(self, data):
+        with contextlib.closing(sqlite3.connect(data / "cloud.db")) as db:
+            return db.execute("PRAGMA user_version").fetchone()[0] - 1 - len(self.now)
+
+    def names(self, data):
+        return {path.name for path in data.iterdir()} - {"cloud.db-wal", "cloud.db-shm"}     # which whoever looks may leave
+
+
+@of_sqlite("the tables are in the directory")
+@of_directory("so are the objects")
+def test_every_command_on_a_directory_of_another_version_does_its_work_or_says_why_not(here, tmp_path, monkeypatch, capsys):
+    """A newer one: one sentence, and nothing is changed.  An older one: it is brought further, unless a server of that version runs on it."""
+    versions, done = Versions(here, tmp_path, monkeypatch, capsys), set()
+    for words, code, says in ON_A_DIRECTORY:
+        data = versions.copy("next")
+        before = versions.reached(data), versions.names(data)
+        got, told = versions.run(words, data, "now")
+        assert got == 1 and NEWER in told and (told.count("\n") == 1 or words == "doctor"), (words, got, told)
+        assert (versions.reached(data), versions.names(data)) == before, words
+        data = versions.copy("now")
+        with contextlib.closing(cs.FileLock(data / "serve.lock")) as lock:
+            assert lock.acquire(wait=False)
+            got, told = versions.run(words, data, "next")
+            assert got == 1 and RUNS in told and versions.reached(data) == 0, (words, got, told)
+        got, told = versions.run(words, data, "next")
+        assert got in ((0, 1) if code is None else (code,)) and says in told and versions.reached(data) == 1 and list(data.glob("cloud-version-*.db")), (words, got, told)
+        done.add(max((name for name in cs.COMMANDS if words.startswith(name)), key=len))
+    for words, newer, older in OTHERS_ON_A_DIRECTORY:
+        for version, program, says in ("next", "now", newer), ("now", "next", older):
+            if says:
+                got, told = versions.run(words, data := versions.copy(version), program)
+                assert got == 1 and says in told and told.count("\n") == 1 and versions.reached(data) == (version == "next"), (words, got, told)
+        done.add(words.split()[0])
+    assert set(cs.COMMANDS) - done == {"sync"}
+
+
+@of_sqlite("the tables are in the directory")
+@of_directory("so are the objects")
+def test_every_command_on_a_backup_of_another_version_does_its_work_or_says_why_not(here, tmp_path, monkeypatch, capsys):
+    versions = Versions(here, tmp_path, monkeypatch, capsys)
+    for words, code, says in ("backup {backup}", 1, NEWER), ("repair {backup}", 0, "0 parts are damaged"), ("restore {backup}", 1, NEWER):      # to repair takes bytes alone, of any
+        data = tmp_path / "new" if words.startswith("restore") else versions.copy("now")
+        got, told = versions.run(words, data, "now", backup=tmp_path / "backup of next")
+        assert got == code and says in told and (told.count("\n") == 1 or not code), (words, got, told)
+        assert versions.reached(tmp_path / "backup of next") == 1 and not (tmp_path / "new" / "cloud.db").exists()
+    for words, says in ("backup {backup}", "0 chunks"), ("repair {backup}", "0 parts are damaged"), ("restore {backup}", "all is well"):
+        data = tmp_path / "new" if words.startswith("restore") else versions.copy("now")
+        got, told = versions.run(words, data, "next")
+        assert got == 0 and says in told and versions.reached(data) == 1, (words, got, told)
 
 
 @pytest.mark.parametrize("words, code, says", [
