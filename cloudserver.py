@@ -3863,6 +3863,7 @@ class Database:
     """
 
     snapshots_last = False       # may one be as long as it likes, as what is old costs room alone, and slows down nobody?
+    figures: Callable[[], dict[str, int]] = dict             # what there is to watch of the engine, known without asking
 
     def __init__(self, clock: Clock, recent: Recent) -> None:
         self.clock, self.recent = clock, recent
@@ -3915,10 +3916,6 @@ class Database:
     def examine(self) -> Iterator[tuple[bool | None, str]]:
         """What is known to go wrong with the engine, quickly: (is it well? None: nobody can say, sentence)."""
         raise NotImplementedError
-
-    def figures(self) -> dict[str, int]:
-        """What there is to watch of the engine, as far as it is known without asking."""
-        return {}
 
     def as_file(self) -> ContextManager[str]:
         """The address by which SQLite reads all rows meanwhile: as they are, or as they were when that began.  raises CloudError, OSError"""
@@ -5704,9 +5701,9 @@ class Lead:
             if early > 0:
                 time.sleep(early)
 
-    def primaries(self) -> int:
-        """How many hosts said of themselves that they are the primary; 1 where nobody asks, as there is one host."""
-        return sum(peer.history[1] >= 0 for peer in self._peers) if self._peers else 1
+    def figures(self) -> dict[str, int]:
+        """How many hosts there are, and how many of them said that they are the primary; 1 where nobody asks, as there is one host."""
+        return {"database_hosts": len(self._others), "database_primaries": sum(peer.history[1] >= 0 for peer in self._peers) if self._peers else 1}
 
     def close(self) -> None:
         self._ended.set()
@@ -6767,6 +6764,7 @@ class Postgres(Database):
         self._index, self._index_due = Vectors(False), -math.inf         # and when it may be worth a look whether there is more
         self._makes_index = not self.readonly                # until that is refused
         self._lead = Lead(address)
+        self.figures = self._lead.figures
         self._readers = Readers(partial(self._connect, READING), self._lead.confirm)
         self._questions = Questions(partial(self._connect, FINDING), self._lead.confirm)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire, self._lead.confirm)
@@ -6989,9 +6987,6 @@ class Postgres(Database):
             len(old), ", and keep what is changed meanwhile from being cleared away: " + "; ".join(old[:5]) if old else "")
         yield self.index().has_names, "the database can index names (pg_trgm)"
         yield from examine_hosts(self.place)
-
-    def figures(self) -> dict[str, int]:
-        return {"database_hosts": len(self.place.hosts), "database_primaries": self._lead.primaries()}
 
     # ---- opening
 
@@ -19428,7 +19423,10 @@ def serve(config: Config) -> int:
 
 
 def give_place(config: Config) -> None:
-    """A place for objects that is root's and empty, as new volumes of containers are, becomes the data directory's owner's.  raises OSError"""
+    """A place for objects that is root's and empty, as new volumes of containers are, becomes the data directory's owner's.
+
+    Whichever command comes there first needs that, one that only looks, too: it puts the id of the cloud there.  raises OSError
+    """
     place = Path(config.objects)
     if config.objects and config.data.exists() and place.is_dir() and not place.stat().st_uid and set(os.listdir(place)) <= {"lost+found"}:
         give_to_owner(place, config.data)
@@ -19974,8 +19972,8 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         raise CloudError("conflict", "%s holds a cloud already; restore into an empty directory" % config.data)
     check_apart(config.data, source)
     claim_directory(config.data)
-    partial = config.data / "cloud.db.partial"
-    id, copying = begun_before(partial) or secrets.token_hex(16), Copying(open_store(config))
+    partial, begun = config.data / "cloud.db.partial", config.data / "cloud.db.restoring"
+    id, copying = id_kept_in(begun), Copying(open_store(config))
     seal = Seal("restoring", str(source.resolve()), id)
     if config.database:
         look_for_room(config, seal)
@@ -19999,7 +19997,8 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         partial.unlink()
     else:
         os.replace(partial, config.data / "cloud.db")
-        sync_directory(config.data)
+    begun.unlink()
+    sync_directory(config.data)
     log.warning(RESTORED)
     with closing(Cloud(config, how="open")) as cloud:
         return verify(cloud)
@@ -20031,13 +20030,17 @@ def prepare_restored(db: sqlite3.Connection, id: str, place: str) -> None:
     db.execute("COMMIT")
 
 
-def begun_before(partial: Path) -> str:
-    """The id of the cloud that a restore which broke off was making; "" if there is none."""
-    if partial.exists():
-        with suppress(sqlite3.Error, CloudError), opened_to_read(partial) as db:
-            for (id,) in db.execute("SELECT value FROM setting WHERE name = 'cloud'"):
-                return id
-    return ""
+def id_kept_in(file: Path) -> str:
+    """The id of the cloud that a restore makes: whoever goes on after a kill, or after several, goes by the same.  raises OSError"""
+    if not file.exists():
+        new = file.with_name(file.name + ".new")
+        with open(new, "w", encoding="ascii") as opened:
+            opened.write(secrets.token_hex(16))
+            opened.flush()
+            sync_file(opened.fileno())
+        os.replace(new, file)
+        sync_directory(file.parent)
+    return file.read_text(encoding="ascii")
 
 
 def take_store(store: Store, config: Config, id: str) -> None:

@@ -4241,11 +4241,12 @@ def test_doctor_tells_what_is_wrong_among_the_hosts_of_a_database(monkeypatch):
 
 
 def test_how_many_say_to_be_the_primary_is_known_without_asking(hosts, lead):
-    assert eventually(lambda: lead.primaries() == 1) and cs.Lead(cs.PgAddress("u", "d", tuple(hosts.said)[:1], {})).primaries() == 1
+    alone = cs.Lead(cs.PgAddress("u", "d", tuple(hosts.said)[:1], {}))
+    assert alone.figures() == {"database_hosts": 1, "database_primaries": 1} and eventually(lambda: lead.figures() == {"database_hosts": 3, "database_primaries": 1})
     hosts.said[hosts.all[1]] = [7, 6, 1]
     for peer in lead._peers:
         peer.wanted.set()
-    assert eventually(lambda: lead.primaries() == 2)
+    assert eventually(lambda: lead.figures()["database_primaries"] == 2)
 
 
 def test_what_a_primary_says_counts_while_the_others_are_standbys_or_away(hosts, lead):
@@ -17387,6 +17388,68 @@ def test_whatever_rots_a_backup_is_what_it_says(make_cloud, tmp_path, rng, fake,
         keeper.step()
 
 
+COUNTED = """
+import atexit, collections, json, os, random, threading
+counts, (name, at) = collections.Counter(), json.loads(os.environ["KILL_AT"])
+def count(frame, event, arg):
+    if event == "call" and frame.f_code.co_filename.endswith("cloudserver.py"):
+        counts[frame.f_code.co_name] += 1
+        if frame.f_code.co_name == name and counts[name] == at: os.kill(os.getpid(), 9)
+threading.setprofile(count), sys.setprofile(count)
+code = cs.main(sys.argv[1:])
+sys.setprofile(None)
+print(json.dumps(counts))
+sys.exit(code)
+"""
+RESTORES = {  # where to: the flags of a restore into `home`
+    "a directory": lambda home, request: [],
+    "a directory for objects": lambda home, request: ["--objects", home / "objects"],
+    "s3": lambda home, request: ["--objects", request.getfixturevalue("objects_of")(home)],
+    "a database": lambda home, request: ["--database", request.getfixturevalue("database_of")(home, empty=True), "--objects", home / "objects"]}
+
+
+@slow
+@needs_fork
+@of_sqlite("where it goes to is said here")
+@of_directory("where it goes to is said here")
+@pytest.mark.parametrize("where", RESTORES)
+def test_a_restore_that_is_killed_twice_at_any_moment_ends_well_the_third_time(make_cloud, tmp_path, rng, request, where):
+    """Or says that a cloud is there: the one that was restored."""
+    cloud, ends = make_cloud(), Counter()
+    ann = account(cloud)
+    contents = {"f%d" % n: random_bytes(70_000 * (n % 2) + n) for n in range(12)}
+    for name, data in contents.items():
+        put(cloud, ann, name, data)
+    assert cs.back_up(cloud, tmp_path / "backup")[2] == []
+
+    def restore(flags, home, name="", at=0):
+        return subprocess.run([sys.executable, "-c", IMPORT + COUNTED, "restore", str(tmp_path / "backup"), "--data", str(home / "data"), *map(str, flags)],
+                              capture_output=True, text=True, env={**os.environ, "KILL_AT": json.dumps([name, at])}, timeout=120)
+    (tmp_path / "0").mkdir()
+    done = restore(RESTORES[where](tmp_path / "0", request), tmp_path / "0")
+    assert done.returncode == 0, done
+    counts = json.loads(done.stdout.splitlines()[-1])
+    for number in range(1, int(os.environ.get("TEST_MANY", 6)) + 1):
+        home, told = tmp_path / str(number), []
+        home.mkdir()
+        flags = RESTORES[where](home, request)
+        for _ in range(2):
+            name = rng.choice(sorted(counts))
+            told.append((name, rng.randint(1, counts[name])))
+            done = restore(flags, home, *told[-1])
+            assert done.returncode in (0, 1, -signal.SIGKILL) and "Traceback" not in done.stderr, (told, done)
+        done = restore(flags, home)
+        is_there = "holds a cloud already" in done.stderr
+        assert is_there and done.returncode == 1 and done.stderr.count("\n") == 1 or "all is well" in done.stdout and done.returncode == 0, (told, done)
+        ends[is_there] += 1
+        with contextlib.closing(Cloud(Config(data=home / "data", database=dict(zip(flags[::2], flags[1::2])).get("--database", ""),
+                                             objects=str(dict(zip(flags[::2], flags[1::2])).get("--objects", ""))))) as back:
+            cs.settle(back)
+            assert tree(back, back.accounts.principal("ann")) == contents and cs.verify(back) == [], told
+            assert not {"cloud.db.partial", "cloud.db.partial-journal"} & {path.name for path in (home / "data").iterdir()} or is_there
+    print("%s: %d ended well, %d were whole already" % (where, ends[False], ends[True]))
+
+
 def test_a_backup_that_was_killed_as_it_commits_is_the_one_before(make_cloud, tmp_path, monkeypatch):
     """S5, S20: its tables are half written, and only its journal knows what they were; who reads it sees that, and leaves it as it is."""
     cloud, killed = make_cloud(), tmp_path / "killed"
@@ -18411,6 +18474,7 @@ def test_what_root_does_in_somebodys_directory_is_that_somebodys(owner, elsewher
         return (pid, told) if alive else os.waitpid(pid, 0)[1] >> 8
     try:
         assert root("user", "add", "ann", "--password-stdin") == 0
+        assert root("verify") == 0 and os.listdir(home / "volume") == ["cloud-id"] * elsewhere          # who only looks is the first there, too
         assert root("import", str(home / "mine"), "--user", "ann") == 0
         pid, told = root("serve", "--port", "0", "--workers", "1", alive=True)
         served = "127.0.0.1", int(re.search(r":(\d+)/", told)[1])
