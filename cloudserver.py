@@ -3531,40 +3531,63 @@ def tracks_of(numbers: Iterable[int]) -> Iterator[int]:
     return (2 + number % TRACKS for number in numbers)
 
 
+class Prefetch:
+    """A SELECT that is asked along with the look that confirms what a request believes (Recent), and its rows, once they are there."""
+    __slots__ = ("sql", "params", "said", "rows")
+
+    def __init__(self, sql: str, params: Sequence[Any]) -> None:
+        self.sql, self.params, self.said, self.rows = sql, params, None, None        # said: as its engine says it
+
+
 class Recent:
     """What was read before, by key, for as long as nothing that it depends on was touched (invariant 6).
 
     What was read at a count, or while that was reached, is as it was then if nothing it depends on was touched at a later one.
     """
 
-    def __init__(self, words: Sequence[int] | None, confirm: Callable[[], None] | None = None) -> None:
+    def __init__(self, words: Sequence[int] | None, confirm: Callable[[Prefetch | None], None] | None = None) -> None:
         """words    those of a CountingLock: they tell who touches what; without them nothing is remembered
-        confirm  brings them to what was acknowledged by now, where they do not do so by themselves; costs a look at the database
+        confirm  brings them to what was acknowledged by now, where they do not do so by themselves; costs a look at the database, along
+                 with which something else may be asked
         """
         self._words, self._confirm, self._weight, self._keeping = words, confirm, 0, threading.Lock()
         self._kept: dict[Any, tuple[Any, int, int, tuple[int, ...]]] = {}       # (value, its weight, the count, tracks)
-        self._thread = threading.local()         # .until: when what was confirmed for this thread's request counts no more
+        self._thread = threading.local()         # .until: when what was confirmed for this thread's request counts no more; .ahead: a Prefetch
 
     def per_request(self, answer: Callable[..., Any]) -> Callable[..., Any]:
         """What answers a request, so that meanwhile words are confirmed once, and again after each SURE; as it is where nothing has to be."""
         def confirmed(*args: Any) -> Any:
-            self._thread.until = 0.0
+            self._thread.until, self._thread.ahead = 0.0, None
             try:
                 return answer(*args)
             finally:
-                self._thread.until = None
+                self._thread.until = self._thread.ahead = None
         return confirmed if self._confirm else answer
 
     def renew(self) -> None:
         """What was confirmed before counts no more: this thread wrote, or has to decide by what is now."""
         if getattr(self._thread, "until", None):
-            self._thread.until = 0.0
+            self._thread.until, self._thread.ahead = 0.0, None
+
+    def prefetch(self, sql: str, params: Sequence[Any]) -> None:
+        """Have a SELECT asked along with the look that is next in this thread's request; the rows count for the one who wants them next, unless
+        something else is read or written before, and no longer than the look.  Nothing that is read so is ever remembered."""
+        if getattr(self._thread, "until", None) is not None:
+            self._thread.ahead = Prefetch(sql, params)
+
+    def take(self, sql: str, params: Sequence[Any]) -> list[tuple[Any, ...]] | None:
+        """Rows that were asked for ahead, if they are the answer to this."""
+        one = getattr(self._thread, "ahead", None)
+        if one is None:
+            return None
+        self._thread.ahead = None
+        return one.rows if (one.sql, one.params) == (sql, params) and time.monotonic() < self._thread.until else None
 
     def _make_sure(self) -> None:
         """raises CloudError"""
         now, until = time.monotonic(), getattr(self._thread, "until", None)
         if until is None or now >= until:
-            self._confirm()
+            self._confirm(getattr(self._thread, "ahead", None))
             if until is not None:
                 self._thread.until = now + SURE
 
@@ -3587,6 +3610,7 @@ class Recent:
                     break
             else:
                 return value
+        self._thread.ahead = None                # it was read before that:
         since = words[0] & ~1                    # before anything is read; whoever is writing may be done by then, or not
         value, weight, numbers = look()
         if numbers is not None and weight <= RECENT_LARGEST:
@@ -3862,6 +3886,7 @@ class Database:
     acknowledged before it began, whoever wrote it.
     """
 
+    far = False                  # does each question cost a way there and back?
     snapshots_last = False       # may one be as long as it likes, as what is old costs room alone, and slows down nobody?
     figures: Callable[[], dict[str, int]] = dict             # what there is to watch of the engine, known without asking
 
@@ -5819,11 +5844,14 @@ class Questions(Turns):
         self._wire: Wire | None = None
         self._forgotten, self._asked = False, 0
 
-    def ask(self, statement: Bound) -> list[tuple[Any, ...]]:
-        """raises CloudError, PgError, PgLost"""
-        ticket = _Ticket(None, statement)
+    def ask(self, statement: Bound, ahead: Sequence[Prefetch] = ()) -> list[tuple[Any, ...]]:
+        """The rows of one; what is asked ahead gets its own after that, unless it is refused.  raises CloudError, PgError, PgLost"""
+        ticket = _Ticket(None, [statement, *[one.said for one in ahead]])
         self.settle(ticket)
-        return ticket.said.get()
+        result, *others = ticket.said
+        for one, other in zip(ahead, others):
+            one.rows = None if other.error else other.rows
+        return result.get()
 
     def _transact(self, group: list[_Ticket]) -> None:
         if self._forgotten:
@@ -5831,13 +5859,14 @@ class Questions(Turns):
         if self._wire is None or self._wire.broken:
             self._wire = self._connect()
         self._asked += 1
-        parts = [[ticket.said] for ticket in group]
+        parts = [[said] for ticket in group for said in ticket.said]
         if self._asked & (self._asked - 1) == 0:             # now and then, as tables grow: what is a good way depends on that
             parts.append([DISCARD_PLANS])
         answered = self._wire.pipeline(parts)
         self._confirm(self._wire)
-        for ticket, (result,) in zip(group, answered):
-            ticket.said = result
+        results = itertools.chain(*answered)
+        for ticket in group:
+            ticket.said = list(itertools.islice(results, len(ticket.said)))
 
     def forget(self) -> None:
         """Ask on another connection from now on, as of Readers."""
@@ -6599,17 +6628,18 @@ class Touched(Turns):
     """
 
     def __init__(self, read: Callable[..., list[tuple[Any, ...]]]) -> None:
+        """read  rows of a SELECT, and along with it those of some Prefetch: read(sql, params, ahead)"""
         super().__init__()
         self.words = array("Q", bytes(8 * (2 + TRACKS)))
         self._read = read
         self._last = 0, ""                       # the last group that is known, (number, id): the id tells whether history is still the same; or none
 
-    def confirm(self) -> None:
+    def confirm(self, ahead: Prefetch | None = None) -> None:
         """Learn what was touched by all groups that were acknowledged before.  raises CloudError"""
-        self.settle(_Ticket(None))
+        self.settle(_Ticket(None, ahead))
 
     def _transact(self, group: list[_Ticket]) -> None:
-        rows = self._read(TOUCHED_SINCE, self._last[:1])
+        rows = self._read(TOUCHED_SINCE, self._last[:1], [ticket.said for ticket in group if ticket.said])
         if len(rows) == TOUCHED_MOST or self._last[0] and [row[:2] for row in rows[:1]] != [self._last]:
             return self._forget()
         for number, id, touched in rows:
@@ -6754,6 +6784,8 @@ STEPPED = "UPDATE version SET number = %d, engine = %d; INSERT INTO commit_group
 class Postgres(Database):
     """A database that several servers share, on one machine or many."""
 
+    far = True
+
     def __init__(self, address: PgAddress, clock: Clock, how: str = "make") -> None:
         """Open, migrating the tables if need be.  raises CloudError
 
@@ -6768,7 +6800,7 @@ class Postgres(Database):
         self._readers = Readers(partial(self._connect, READING), self._lead.confirm)
         self._questions = Questions(partial(self._connect, FINDING), self._lead.confirm)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire, self._lead.confirm)
-        touched = Touched(self.find)
+        touched = Touched(self._look)
         super().__init__(clock, Recent(touched.words, touched.confirm))
         try:
             check_server(self.writer.wire())
@@ -6798,7 +6830,13 @@ class Postgres(Database):
         return self._answer(self._readers.ask, spoken(sql, params))
 
     def find(self, sql: str, params: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        return self._answer(self._questions.ask, spoken(sql, params))
+        rows = self.recent.take(sql, params)
+        return self._look(sql, params) if rows is None else rows
+
+    def _look(self, sql: str, params: Sequence[Any] | dict[str, Any] = (), ahead: Sequence[Prefetch] = ()) -> list[tuple[Any, ...]]:
+        for one in ahead:
+            one.said = spoken(one.sql, one.params)
+        return self._answer(partial(self._questions.ask, ahead=ahead), spoken(sql, params))
 
     def _answer(self, once: Callable[[Bound], list[tuple[Any, ...]]], statement: Bound) -> list[tuple[Any, ...]]:
         """... however often it takes.  raises CloudError"""
@@ -6918,7 +6956,7 @@ class Postgres(Database):
     def close(self) -> None:
         self.writer.close()
         if self._listener:
-            self._listener.close(self._tell)
+            self._listener.close(partial(tell_all, self._readers))
         self._forget()
         self._questions.close()
         self._lead.close()
@@ -6926,10 +6964,6 @@ class Postgres(Database):
     def _forget(self) -> None:
         self._readers.forget()
         self._questions.forget()
-
-    def _tell(self) -> None:
-        with suppress(PgError, PgLost, CloudError), self._readers.wire() as wire:
-            wire.pipeline([[TELL]])
 
     @contextmanager
     def as_file(self) -> Iterator[str]:
@@ -7038,6 +7072,12 @@ class Postgres(Database):
             with suppress(PgError, PgLost):
                 wire.script("ROLLBACK")
             raise
+
+
+def tell_all(readers: Readers) -> None:
+    """Have all who listen look."""
+    with suppress(PgError, PgLost, CloudError), readers.wire() as wire:
+        wire.pipeline([[TELL]])
 
 
 class PostgresLoading(Loading):
@@ -7293,12 +7333,14 @@ class Credentials:
         self._refused: dict[bytes, str] = {}                 # wrong credential: generation at which it was
         self._known_lane, self._strangers_lane = HashingLane(), HashingLane()
 
-    def identify(self, authorization: str, cookie: str, address: str, *, secure: bool) -> Principal:
+    def identify(self, authorization: str, cookie: str, address: str, *, secure: bool,
+                 likely: Callable[[Principal], None] | None = None) -> Principal:
         """Who sends these credentials?  ANONYMOUS for none; with a `refusal` for those that do not count.
 
         authorization   value of the field, or ""
         cookie          the session's cookie, or ""; counts only without Authorization
         secure          whether nobody could listen: TLS, loopback, or a proxy that says so
+        likely          told whom they were of, before it is known whether they still are
         """
         credential = authorization or cookie
         if not credential:
@@ -7308,8 +7350,10 @@ class Credentials:
         if not secure:
             return ANONYMOUS._replace(refusal=CloudError("insecure", INSECURE))
         key = hashlib.blake2b(credential.encode("utf-8", "replace"), key=self._key, digest_size=16).digest()
-        generation = self._generation()
         who, then, due = self._remembered.get(key, (None, "", 0))
+        if who and likely:
+            likely(who)
+        generation = self._generation()
         if who is None or then != generation or due < self.clock.due():
             try:
                 who = self._verify(authorization, cookie, address, key)
@@ -9269,9 +9313,18 @@ class Tree:
             node = node and node.no_older(view.seq)
         return Place(view, row[0], bool(row[1]), row[2], row[3], above, is_open, () if node else path[walked:], node, chunk, grant=grant)
 
-    def _place_row(self, home: int, start: int, keys: Sequence[str], content: bool, mounts: bool) -> tuple[Any, ...]:
+    def prefetch(self, who: Principal, path: tuple[str, ...]) -> None:
+        """They are likely to enter there next, without content: have it found on the way."""
+        view = view_of(who)
+        if view.whole and path:
+            self.db.recent.prefetch(*self._place_query(view.home, view.top, [key_of(name) for name in path[:STRIDE]], False, True))
+
+    def _place_query(self, home: int, start: int, keys: Sequence[str], content: bool, mounts: bool) -> tuple[str, tuple[Any, ...]]:
         params = (start, *keys, start, home) if len(keys) == 1 else (start, *keys, home)
-        rows = self.db.find(path_query(len(keys), content, mounts), params)
+        return path_query(len(keys), content, mounts), params
+
+    def _place_row(self, home: int, start: int, keys: Sequence[str], content: bool, mounts: bool) -> tuple[Any, ...]:
+        rows = self.db.find(*self._place_query(home, start, keys, content, mounts))
         if not rows:
             raise CloudError("forbidden", "this account does not exist any more")
         return rows[0]
@@ -14148,7 +14201,7 @@ def respond(cloud: Cloud, request: Request) -> Response:
         refuse, request.door = found.refuse, found.door
         who = request.who = identify_visitor(cloud, request, names) if found.by == "link" else cloud.credentials.identify(
             request.fields.get("authorization", ""), request.cookie() if "cookie" in request.fields else "",
-            request.address, secure=request.safe)
+            request.address, secure=request.safe, likely=partial(foresee, cloud, found, names) if cloud.db.far and request.method == "PUT" else None)
         if request.refusal:
             raise request.refusal
         if who.mount:
@@ -14185,6 +14238,12 @@ def respond(cloud: Cloud, request: Request) -> Response:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
         return refuse(CloudError("internal"), request)
+
+
+def foresee(cloud: Cloud, found: Route, names: dict[str, Any], who: Principal) -> None:
+    """Where a write leads is asked for before it is known whether they may: what comes of it counts only then."""
+    if "path" in names and not who.mount:
+        cloud.tree.prefetch(who, names["path"][1:] if found.owned else names["path"])
 
 
 def loggable(path: tuple[str, ...]) -> tuple[str, ...]:

@@ -4820,7 +4820,7 @@ def test_what_was_remembered_counts_only_in_the_history_in_which_it_was_read(db,
 def test_many_who_ask_at_once_share_a_look_that_began_after_they_came():
     gates, looks, failing = [threading.Event() for _ in range(3)], [], []
 
-    def read(sql, params=()):
+    def read(sql, params, ahead):
         looks.append(len(looks))
         assert gates[looks[-1]].wait(60)
         if failing:
@@ -4878,6 +4878,57 @@ def test_who_asks_a_second_time_costs_one_look_at_the_database(database_of, tmp_
     assert get().body == b"after" and len(trips) <= 13       # who it is may have changed, for all that is known
     one.devices.revoke(ann, id)
     assert get().status == 401
+
+
+def test_a_write_asks_once_who_may_and_where_it_leads(database_of, tmp_path, make_cloud, serve_cloud, monkeypatch):
+    """... and what another server acknowledged before counts for both."""
+    one, two = (make_cloud(Config(data=tmp_path / name, database=database_of(tmp_path))) for name in ("one", "two"))
+    ann = account(one)
+    id, token = one.devices.add_token(ann, "laptop")
+    put(one, ann, "a/b/f", b"before", parents=True)
+    address, trips, real = serve_cloud(two), [], cs.Wire.pipeline
+    write = lambda path, door="/dav": exchange(address, "PUT", door + path, b"x", Authorization="Bearer " + token)
+    assert write("/a/b/f").status == 204
+    monkeypatch.setattr(cs, "SURE", 60)                      # however slow it is here
+    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (wire is two.db._questions._wire and trips.append(1), real(wire, parts))[1])
+    for door in "/dav", "/remote.php/dav/files/ann":
+        trips.clear()
+        assert [write("/a/b/%s%d" % (door[1:4], n), door).status for n in range(10)] == [201] * 10 and len(trips) == 10
+        one.files.delete(ann, ("a", "b", "f"))
+        assert write("/a/b/f", door).status == 201
+    assert exchange(address, "PUT", "/remote.php/dav/files/bob/a/b/f", b"x", Authorization="Bearer " + token).status == 404
+    one.files.move(ann, (("a", "b"), ("a", "c")))
+    assert write("/a/b/f").status == 409 and write("/a/c/f").status == 204
+    one.devices.revoke(ann, id)
+    assert write("/a/c/f").status == 401
+
+
+def test_what_was_asked_ahead_counts_for_who_wants_it_next_and_no_longer_than_its_look(monkeypatch):
+    looked = []
+
+    def confirm(ahead):
+        looked.append(ahead and ahead.sql)
+        if ahead:
+            ahead.rows = [(len(looked),)]
+    words = cs.array("Q", bytes(8 * (2 + cs.TRACKS)))
+    recent, believed = cs.Recent(words, confirm), lambda: ("value", 1, ())
+
+    @recent.per_request
+    def answer(*steps):
+        recent.prefetch("SELECT 1", (1,))
+        recent.get("key", believed)
+        for step in steps:
+            step()
+        return [recent.take("SELECT 1", (1,)) for _ in range(2)]
+    recent.get("key", believed)
+    assert answer() == [[(2,)], None] and looked == [None, "SELECT 1"]
+    for step in (recent.renew, lambda: recent.get("another", believed), lambda: recent.take("SELECT 2", (1,)), lambda: recent.take("SELECT 1", (2,))):
+        assert answer(step) == [None, None]
+    monkeypatch.setattr(cs, "SURE", 0)
+    assert answer() == [None, None]
+    recent.prefetch("SELECT 1", (1,))     # outside of a request
+    recent.get("key", believed)
+    assert recent.take("SELECT 1", (1,)) is None and looked[-1] is None
 
 
 @OF_POSTGRES
