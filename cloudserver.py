@@ -6739,6 +6739,7 @@ class Listener:
             with self._word:
                 self.count += 1
                 self._word.notify_all()
+            self._ended.wait(LOOK_PAUSE)         # nobody who waits looks more often
         self._wire.close()
 
     def _begin_anew(self) -> None:
