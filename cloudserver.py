@@ -6921,12 +6921,16 @@ class Postgres(Database):
                 wire.patience = LOAD_TIME
                 for statement in "BEGIN", LOCK_COMMITS, WAIT_FOR_AHEAD:
                     wire.query(statement)
-                yield PostgresLoading(wire)
+                loading = PostgresLoading(wire)
+                yield loading
                 wire.query("INSERT INTO commit_group (id, at) VALUES ($1, 0)", (secrets.token_hex(16),))         # which touched anything
                 (end,), _ = wire.pipeline([[COMMIT], [TELL]])
                 end.get()
                 check_commit(end)
                 self._lead.confirm(wire)
+                for table in loading.filled:     # so that from the beginning it is known what is a good way to its rows
+                    with suppress(PgError, PgLost):
+                        wire.query('ANALYZE "%s"' % table)
         except (PgError, PgLost) as error:
             raise cluster_error(error) from error
 
@@ -7083,7 +7087,7 @@ def tell_all(readers: Readers) -> None:
 
 class PostgresLoading(Loading):
     def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+        self.wire, self.filled = wire, set()                 # names of tables
 
     def ask(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         return self.wire.query(*spell(sql, params))
@@ -7093,6 +7097,7 @@ class PostgresLoading(Loading):
             self.wire.copy_in('COPY "%s" (%s) FROM STDIN (FORMAT binary)' % (table, column_list(columns)), copy_blocks(rows))
         except (ValueError, OverflowError, KeyError) as error:
             raise CloudError("unprocessable", "PostgreSQL cannot hold what is in the table %s: %s" % (table, error)) from error
+        self.filled.add(table)
         if table == "thumbnail":                 # the only one whose ids are drawn there
             self.wire.query("SELECT setval(pg_get_serial_sequence('thumbnail', 'id'), max(id)) FROM thumbnail")
 

@@ -4785,6 +4785,13 @@ def test_many_changes_cost_few_ways_to_the_database_and_back(database_of, tmp_pa
 
 
 @OF_POSTGRES
+def test_of_tables_that_were_filled_it_is_known_at_once_how_much_they_hold(db):
+    with db.load() as loading:
+        loading.put("age", ["due", "seq"], ((n, n) for n in range(1000)))
+    assert db.read("SELECT CAST(reltuples AS bigint) FROM pg_class WHERE relname = 'age'") == [(1000,)]
+
+
+@OF_POSTGRES
 def test_who_waits_hears_what_another_server_commits(db, open_db):
     other, started = open_db(), threading.Event()
 
