@@ -10108,7 +10108,7 @@ class Plan:
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
-        body = [*rows]
+        body = put_together(rows)
         if gone:
             body += self.tree.locks.drop(place, *gone)
         if self.who.means == "link":
@@ -10152,6 +10152,18 @@ def gather(guards: Sequence[Statement]) -> list[Statement]:
             found.append(Statement("WITH wanted (%s) AS (VALUES %s) SELECT 'changed' WHERE (SELECT count(*) FROM wanted w CROSS JOIN %s) <> ?" % (
                 columns, ", ".join([first] + ["(%s)" % marks(some[0])] * (len(some) - 1)), test), (*itertools.chain.from_iterable(some), len(some))))
     return found
+
+
+def put_together(rows: Sequence[Statement]) -> list[Statement]:
+    """The same, but what is new for contents of several files is put at once: it comes in any order, and is there already or not."""
+    found: dict[str, list[Statement]] = {sql: [] for sql in (PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST)}
+    rest = [row for row in rows if row.sql not in found or found[row.sql].append(row)]
+    return [*(some[0] if len(some) == 1 else Statement(sql, Rows(partial(rows_of, some)), many=True) for sql, some in found.items() if some), *rest]
+
+
+def rows_of(statements: Sequence[Statement]) -> Iterator[Any]:
+    """The rows that statements are done for."""
+    return itertools.chain.from_iterable(params if many else (params,) for _, params, many in statements)
 
 
 STILL_THERE = "SELECT 'changed' WHERE NOT EXISTS (SELECT 1 FROM entry WHERE home = ? AND since = ? AND node = ? AND until IS NULL)"

@@ -324,6 +324,7 @@ import struct
 import tarfile
 import textwrap
 import time
+import tracemalloc
 import types
 import unicodedata
 import zipfile
@@ -10580,6 +10581,9 @@ class Crowd:
         self.shared = self.cloud.db.head()
         give(self.cloud, self.ann, "d", "bob")
 
+    def put_composed(self):
+        self.commit([{"put": "%s.txt" % path[-1], "chunks": [tuple(chunk(data)) for data in (b"a", b"b")], "mtime": 1000} for path in self.paths], [b"a", b"b"])
+
     def share_each(self):
         for path in self.paths:
             give(self.cloud, self.ann, "/".join(path), "bob")
@@ -10623,6 +10627,8 @@ OF_MANY = [  # what is done before, what is asked then, and where in collections
     ("come_back", "feed of what is in sight again, wide", lambda c: c.changes(c.gone)), ("share", "feed of a mount", lambda c: c.cloud.feed.changes(c.bob, (), c.shared)),
     ("", "archive", lambda c: list(c.cloud.history.archive(c.ann, ("d",)))), ("", "archive, wide", lambda c: list(c.cloud.history.archive(c.ann, ("d",)))),
     ("", "manifest, wide", lambda c: list(c.cloud.sync.manifest(c.ann, (), chunks=True)[2])), ("share", "walk in a mount, wide", lambda c: list(c.cloud.files.walk(c.bob, ("d",)))),
+    ("", "commit of files of several chunks", lambda c: c.put_composed()),
+    ("put_composed", "manifest of files of several chunks", lambda c: list(c.cloud.sync.manifest(c.ann, (), chunks=True)[2])),
     ("", "commit of overwriting", lambda c: c.overwrite()), ("", "commit of deleting", lambda c: c.delete_each()), ("", "commit of moving", lambda c: c.move_each()),
     ("", "delete", lambda c: c.delete_many()), ("", "delete, wide", lambda c: c.delete_many()), ("make_e", "move", lambda c: c.cloud.files.move(c.ann, *c.to_e())),
     ("make_e", "move, wide", lambda c: c.cloud.files.move(c.ann, *c.to_e())), ("", "copy", lambda c: c.cloud.files.copy(c.ann, (("d",), ("c",)))),
@@ -10645,6 +10651,21 @@ def test_what_is_asked_of_many_is_asked_by_pages(make_cloud, tally, before, name
         counts.append(tally.of(lambda: ask(crowd)))
     few, many = counts
     assert few > 0 and many - few <= 4, Counter(tally.all).most_common(3)
+
+
+def test_what_goes_through_many_holds_a_page_of_them(make_cloud):
+    """Whatever is asked of what lies below a collection, what is held at a time does not grow with that."""
+    held, ways = {}, [
+        ("archive", lambda c: c.cloud.history.archive(c.ann, ("d",))), ("walk", lambda c: c.cloud.files.walk(c.ann, ())),
+        ("manifest", lambda c: c.cloud.sync.manifest(c.ann, (), chunks=True)[2]), ("trash", lambda c: (c.delete_tree(), c.cloud.trash.empty(c.ann))[:0])]
+    for count in 1000, 4000:
+        crowd = Crowd(make_cloud(name="of-%d" % count), count, wide=False)
+        for name, ask in ways:
+            tracemalloc.start()
+            deque(ask(crowd), maxlen=0)
+            held.setdefault(name, []).append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert all(many < 1.5 * few + 200 * KiB and many < 3 * MiB for few, many in held.values()), held
 
 
 # ==== 20. Sharing ========================================================================
