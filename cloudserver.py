@@ -19922,8 +19922,8 @@ def sweep_held(cloud: Cloud, who: str) -> Iterator[None]:
         yield                                    # nobody can sweep there
         return
     until = cloud.clock.due() + HOLD_LIFE
-    cloud.db.run(*put_hold(who, until, cloud.clock.due()))
     try:
+        cloud.db.run(*put_hold(who, until, cloud.clock.due()))           # it may be there though we were told to stop before we heard so
         yield
     finally:
         with suppress(CloudError):               # it has been moved meanwhile, or is away: this ends by itself, too
