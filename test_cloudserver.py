@@ -17318,7 +17318,7 @@ class Keeper:
         self.cloud, self.tmp_path, self.rng, self.fake = make_cloud(clock=fake.clock()), tmp_path, rng, fake
         self.ann, self.files, self.hurt, self.held, self.count = account(self.cloud), {}, set(), {}, itertools.count()
         self.pool = [random_bytes(size) for size in (0, 10, 10, 5_000, 70_000, 90_000, 300_000)]
-        self.finished, self.torn, self.done = set(), set(), []
+        self.finished, self.done = set(), []
 
     def whole(self):
         return {hash for hash, in self.cloud.db.read("SELECT hash FROM chunk")} - self.hurt
@@ -17405,17 +17405,15 @@ class Keeper:
             try:
                 _, _, wrong = cs.back_up(self.cloud, self.tmp_path / place)
             except Crash:
-                self.torn.add(place)             # and it may hold more than is said in `held`
                 self.held[place] = [*states, *((files, whole) for files, whole, _ in now)]
                 return
         (files, whole, there), = now
-        whole |= before & there
         told = {line.split(": ")[1] for line in wrong if ", version of" not in line and "nothing refers" not in line and "(deleted)" not in line}
+        holds = set(cs.look_in_backup(self.cloud, self.tmp_path / place, dict.fromkeys(there, 0)))       # more than that, where one was broken off
+        assert holds >= whole | before & there, self.done[-30:]
         same = {name for name, data in files.items() if self.files.get(name) == data}
-        lacking = {name for name in same if chunk(files[name])[0] not in whole}
-        assert told & same <= lacking and (place in self.torn or lacking <= told), self.done[-30:]
-        self.torn.discard(place)
-        self.held[place] = [(files, whole)]
+        assert told & same == {name for name in same if files[name] and chunk(files[name])[0] not in holds}, self.done[-30:]
+        self.held[place] = [(files, holds)]
         self.finished.add(place)
 
     def meanwhile(self):
