@@ -18705,7 +18705,7 @@ sys.exit(cs.Supervisor(None, None, 2).run())
 
 
 @needs_fork
-@pytest.mark.parametrize("count", [12, pytest.param(300, marks=slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(60, marks=slow)])
 def test_a_supervisor_that_is_told_to_stop_at_any_moment_stops_at_once(rng, count):
     """As it begins, as it waits for workers or before it replaces one; nobody is left."""
     for number in (rng.getrandbits(32) for _ in range(count)):
