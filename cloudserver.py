@@ -13447,6 +13447,7 @@ class Writing(NamedTuple):
 KEEP_MOST = 36500               # days that history may be kept
 KEPT_MOST = 100                 # values that Cloud.keep holds at a time, per account
 UPLOAD_LIFE = DAY
+NO_UPLOAD = "there is no such upload"
 PUT_UPLOAD = (
     "INSERT INTO upload (id, home, account, root, path, given, size, mtime, note, received, created, due, done) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
@@ -13506,7 +13507,7 @@ class Uploads:
         """Where an upload stands.  raises CloudError not-found for another's too, gone when it has expired"""
         rows = self.db.read("SELECT * FROM upload WHERE id = ? AND account = ? AND (CASE WHEN path IS NULL THEN 1 ELSE 0 END) = ?", (id, who.person, numbered))
         if not rows or way_to(self.tree, who, rows[0][3]) is None:
-            raise CloudError("not-found", "there is no such upload")
+            raise CloudError("not-found", NO_UPLOAD)
         upload = Upload._make(rows[0])
         if upload.due <= self.clock.due():
             raise CloudError("gone", "this upload has expired")
@@ -13520,7 +13521,7 @@ class Uploads:
         grants = self.tree.mounts.seen_by(who).grants.values()
         name = next((grant.name for grant in grants if grant.node.home == upload.home), None)
         if name is None:
-            raise CloudError("not-found", "there is no such upload")
+            raise CloudError("not-found", NO_UPLOAD)
         return self.tree.enter(who, (name,))
 
     def append(self, who: Principal, id: str, offset: int, body: Body, *, size: int | None = None,
@@ -13580,8 +13581,12 @@ class Uploads:
                        Statement("INSERT INTO upload_chunk (upload, part, offset, chunk, size) VALUES (?, 0, ?, ?, ?)", (upload.id, upload.received, stored.manifest, stored.size)),
                        Statement("UPDATE upload SET received = ?, due = ? WHERE id = ?", (fresh.received, fresh.due, upload.id))],
                       [*self._upload_guards(upload), *still_stored(stored.relied)])
-        self.db.write_once(self.tree.space.pay(batch, upload.home, self.tree.space.quota_of(upload.home)),
-                           CloudError("offset", "another request writes to this upload"))
+        try:
+            self.db.commit(self.tree.space.pay(batch, upload.home, self.tree.space.quota_of(upload.home)))
+        except Conflict:
+            if not self.db.read("SELECT 1 FROM upload WHERE id = ?", (upload.id,)):      # it went with what allowed it
+                raise CloudError("not-found", NO_UPLOAD) from None
+            raise CloudError("offset", "another request writes to this upload") from None
         return fresh
 
     def _upload_guards(self, upload: Upload) -> list[Statement]:
@@ -13718,7 +13723,7 @@ class Uploads:
         """raises CloudError not-found when it is unknown, or joined"""
         upload = self.upload(who, parts_id(who, name), numbered=True)
         if upload.done:
-            raise CloudError("not-found", "there is no such upload")
+            raise CloudError("not-found", NO_UPLOAD)
         return upload
 
     def parts(self, who: Principal, name: str) -> tuple[Upload, list[tuple[int, int]]]:
@@ -13750,7 +13755,7 @@ class Uploads:
         if upload.done:
             made, node = json.loads(upload.done), self.files.find(who, path)
             if node is None or (node.node, node.rev) != (made["node"], made["rev"]):
-                raise CloudError("not-found", "there is no such upload")
+                raise CloudError("not-found", NO_UPLOAD)
             return node, True
         Plan(self.tree, who).place_for_file(path, given, 0)
         stored, wanted = self._assembled(upload), upload.size if size is None else size
