@@ -12052,12 +12052,12 @@ def give_up(home: int, nodes: Sequence[int], newest: int) -> list[Statement]:
                       + IS_LAST, (home, newest, *some)) for some in pieces(nodes)]
 
 
-IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?
-    "EXISTS (SELECT 1 FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged') "
-    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.parent AND l.until IS NULL)")
+IS_GIVEN_UP = (  # was the collection that an entry hangs in given up?  Counted, so that it is looked up for each of some, and not joined to all there are
+    "(SELECT count(*) FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged') > 0 "
+    "AND (SELECT count(*) FROM entry l WHERE l.node = entry.parent AND l.until IS NULL) = 0")
 IS_LAST = (  # is an entry the last that its node had, and the node not live?
-    "NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.until IS NULL) "
-    "AND NOT EXISTS (SELECT 1 FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL)")
+    "(SELECT count(*) FROM entry l WHERE l.node = entry.node AND l.until IS NULL) = 0 "
+    "AND (SELECT count(*) FROM entry l WHERE l.node = entry.node AND l.since >= entry.until AND l.until IS NOT NULL) = 0")
 
 
 # ==== 20. Sharing ========================================================================
