@@ -25104,6 +25104,7 @@ def behind(serve, certificate, tmp_path):
         process.wait(60)
 
 
+@slow
 @pytest.mark.parametrize("name", PROXIES)
 def test_the_recipe_for_a_proxy_works_as_it_stands(behind, name):
     """O17, O18: on a port of its own, with names, addresses, large bodies and what waits"""
@@ -26441,6 +26442,7 @@ def test_browser_walks_by_addresses(page):
     page.sees("Back to now")
 
 
+@slow
 def test_browser_says_what_is_not_there_and_what_cannot_be_had(page, monkeypatch):
     """P9, P10: in the place of the list, with what to do about it; and by itself when it can be had again."""
     page.put("box/a.txt")
@@ -26507,6 +26509,7 @@ def drop(page, *paths):
         page.cdp("Input.dispatchDragEvent", type=kind, x=700, y=500, data=data)
 
 
+@slow
 def test_browser_tells_the_command_line_for_what_is_on_the_screen(page, tmp_path):
     page.cloud.files.make_collection(page.who, ("it's (new) & $HOME!",))
     page.put("it's a `b` 100%.txt", "text")
@@ -26617,6 +26620,7 @@ def test_browser_makes_renames_moves_deletes_and_takes_back(page):
     assert page.tree() == {"notes", "b.txt", "renamed.txt"}
 
 
+@slow
 def test_browser_renames_many_at_once(page):
     for name in ("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt"):
         page.put(name, name)
@@ -26656,6 +26660,7 @@ def test_browser_renames_many_at_once(page):
     page.shows("img 1.jpg", "img 2.jpg", "img 10.jpg", "other.txt")
 
 
+@slow
 def test_browser_says_when_new_names_go_in_a_circle(page):
     for name in ("a 1", "a 2", "a 3"):
         page.put(name, name)
@@ -26682,6 +26687,7 @@ def test_browser_says_when_new_names_go_in_a_circle(page):
     assert page.get("a 1") == b"a 1"
 
 
+@slow
 def test_browser_shows_the_first_of_a_thousand_new_names(page):
     page.open("/")
     page.sees("Nothing here yet")
@@ -26749,6 +26755,7 @@ def test_browser_versions(page):
 SHOWN = "return (document.querySelector('.look .body') || document.body).innerText.trim()"
 
 
+@slow
 def test_browser_shows_each_version_at_an_address_of_its_own(page):
     lines = ["line %d" % n for n in range(40)]
     page.put("d/a.txt", "\n".join(lines))
@@ -26905,6 +26912,7 @@ def test_browser_selects_with_mouse_and_keys(page):
 ROW = "return document.querySelector('#row0').getBoundingClientRect().top"
 
 
+@slow
 @pytest.mark.parametrize("language", ["en", "de"])
 def test_browser_holds_still_and_fits_at_every_width(page, language):
     """P8, P24: nothing scrolls sideways or overlaps, and nothing moves under the pointer when it chooses a row."""
@@ -26944,6 +26952,7 @@ def test_browser_holds_still_and_fits_at_every_width(page, language):
                                 "return words(b).left - words(a).right") > 8
 
 
+@slow
 def test_browser_offers_every_action_by_a_control(page):
     """P14, P15: with the mouse, by touch, and by keys."""
     for name in ("a.txt", "box/b.txt"):
@@ -27105,6 +27114,7 @@ def test_browser_previews(page):
     page.press("Escape")
 
 
+@slow
 def test_browser_shows_what_it_can_and_says_what_it_cannot(page):
     """P5, P6, P7: by what the bytes are; and always with the way to get them."""
     kinds = {"a.heic": b"\0\0\0 ftypheic" + b"x" * 200, "b.avi": b"RIFF1234AVI " + b"x" * 2000, "c.png": b"\x89PNG\r\n\x1a\nbroken", "d.mp3": b"ID3broken",
@@ -27189,6 +27199,7 @@ BOXES = """const [one, stage] = [document.querySelector('.preview .body :is(img,
         ratio: a.width / a.height, natural: (one.videoWidth || one.naturalWidth) / (one.videoHeight || one.naturalHeight), large: Math.max(a.width / b.width, a.height / b.height)}"""
 
 
+@slow
 def test_browser_fits_pictures_and_films_into_every_window(page, film):
     """P4: all of it, undistorted, and no smaller than it has to be; the slideshow too."""
     shown = {"wide.png": plain_png(1600, 1200), "high.png": plain_png(1200, 1600), "panorama.png": plain_png(4000, 600), "film.webm": film}
@@ -27231,6 +27242,7 @@ def tone(seconds):
             + b"data" + struct.pack("<I", len(data)) + data)
 
 
+@slow
 def test_browser_plays_one_after_the_other(page):
     page.put("1.wav", tone(0.3))
     page.put("2.txt", "between")
@@ -27253,6 +27265,7 @@ def test_browser_plays_one_after_the_other(page):
     page.wait("return Math.floor(document.querySelector('dialog audio')?.currentTime) === 40")
 
 
+@slow
 def test_browser_turns_over_all_that_can_be_seen(page):
     for name in ("a.png", "b.png", "d.png"):
         page.put(name, noise(40, 30))
@@ -27382,6 +27395,7 @@ TURNED = {1: [True, RED, GREEN, BLUE, WHITE], 2: [True, GREEN, RED, WHITE, BLUE]
           5: [False, RED, BLUE, GREEN, WHITE], 6: [False, BLUE, RED, WHITE, GREEN], 7: [False, WHITE, GREEN, BLUE, RED], 8: [False, GREEN, WHITE, RED, BLUE]}
 
 
+@slow
 def test_browser_makes_tiles_of_what_cameras_put_into_their_pictures(page, monkeypatch):
     """P16: of a large JPEG only the head travels, whichever way up it is; on a metered connection nothing larger does."""
     page.open("/")
@@ -27457,6 +27471,7 @@ def test_browser_makes_thumbnails_of_films(page, film):
     eventually(lambda: "other.webm" in page.tree() and page.cloud.pictures.thumbnail(page.who, ("other.webm",)))
 
 
+@slow
 @pytest.mark.parametrize("hinders", [
     "const real = createImageBitmap; let count = 0; createImageBitmap = one => count++ ? real(one) : Promise.reject(new Error('not yet'))",
     "const real = Object.getOwnPropertyDescriptor(HTMLMediaElement.prototype, 'currentTime').set;"
@@ -27547,6 +27562,7 @@ LEAVING = {                            # a way to leave what is on the screen: h
 }
 
 
+@slow
 def test_browser_asks_before_typed_text_goes_whatever_way_it_is_left(page):
     """P1: and what was given up on purpose is gone, so that live updates go on and nothing asks any more."""
     page.put("a.txt", "text")
@@ -27573,6 +27589,7 @@ def test_browser_asks_before_typed_text_goes_whatever_way_it_is_left(page):
     assert page.get("a.txt") == b"text" and page.run("return Object.keys(localStorage).filter(key => key.startsWith('draft')).length") == 0
 
 
+@slow
 def test_browser_leaves_for_where_it_was_told_to(page):
     """P1: with the text saved."""
     page.put("a.txt", "text")
@@ -27587,6 +27604,7 @@ def test_browser_leaves_for_where_it_was_told_to(page):
     assert page.get("a.txt") == b"my " * len(LEAVING) + b"text"
 
 
+@slow
 def test_browser_finds_typed_text_again_when_the_page_went_away(page):
     """P1: a phone ends a page without asking anybody."""
     page.put("a.txt", "one\r\ntwo")
@@ -27631,6 +27649,7 @@ def test_browser_finds_typed_text_again_when_the_page_went_away(page):
     page.wait("return location.pathname === '/login' && !Object.keys(localStorage).some(key => key.startsWith('draft'))")
 
 
+@slow
 def test_browser_asks_before_what_stands_in_a_form_goes(page):
     """P1: the same for names, and for settings that were not saved."""
     page.cloud.accounts.update(page.who.name, page.who, admin=True)
@@ -27673,6 +27692,7 @@ TEXTS = [                                        # bytes, and what typing "X" be
     ("odd".encode("utf-16") + b"!", None), ("\ufeffx".encode("utf-16-le") + b"\0\xd8", None), (b"a\0b" + bytes(range(200)), None), (b"\1\2\3\4", None)]
 
 
+@slow
 def test_browser_gives_back_every_byte_that_nobody_edited(page):
     """P3: text is saved in the encoding and with the line ends it came in, or it is not offered for editing."""
     for n, (data, _) in enumerate(TEXTS):
@@ -27815,6 +27835,7 @@ def test_browser_searches_as_you_type(page):
     page.sees("1 selected")
 
 
+@slow
 def test_browser_searches_by_filters_that_stand_in_the_address(page):
     page.put("letters/geneva.txt", "Dear Ann, we stood at the shore and saw the lake in the evening light; nobody spoke.")
     page.put("letters/lake.txt", "x")
@@ -27926,6 +27947,7 @@ def test_browser_activity_and_time(page):
     assert page.get("box/a.txt") == b"two"
 
 
+@slow
 def test_browser_filters_the_activity(page):
     page.put("box/a.txt", "one")
     page.put("gone.txt", "was here")
@@ -28040,6 +28062,7 @@ def test_browser_steps_through_time(page):
     assert page.run("return document.documentElement.scrollWidth") <= 390
 
 
+@slow
 def test_browser_tells_apart_what_happened_in_the_same_millisecond(page, monkeypatch):
     """A moment of the past is a step of the journal and not a time: the trash, the activity and the slider lead to it."""
     now = page.cloud.clock.wall() / 1000
@@ -28161,6 +28184,7 @@ def test_browser_administers_accounts(page):
     assert outcome(page.cloud.accounts.get, "zoe") == "not-found"
 
 
+@slow
 def test_browser_asks_administrators_for_their_password(page):
     """X21: the acts of an administrator whose password is not fresh any more go on after it was given."""
     page.cloud.accounts.update(page.who.name, page.who, admin=True)
@@ -28187,6 +28211,7 @@ def test_browser_asks_administrators_for_their_password(page):
     assert page.cloud.credentials.identify(basic("xen", PASSWORD + "2"), "", "127.0.0.1", secure=True).name == "xen"
 
 
+@slow
 def test_browser_sets_what_the_server_keeps(page):
     before = page.cloud.policy()
     page.open("/settings/server")
