@@ -10108,7 +10108,7 @@ class Plan:
             if after:
                 begins.append((after.home, after.node, after.parent, after.name, key_of(after.name), after.kind,
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
-        body = put_together(rows)
+        body = put_together(rows) if len(changes) > 1 else [*rows]
         if gone:
             body += self.tree.locks.drop(place, *gone)
         if self.who.means == "link":
