@@ -766,14 +766,14 @@ def outcome(function, *args, **kwargs):
 
 
 def eventually(look, seconds=60):
-    """What it returns as soon as that is something.  On Windows a file that is just being replaced cannot be looked at.
+    """What it returns as soon as that is something.  What is being moved is not there when it is looked at, and on Windows cannot be.
 
     A machine may stand still for many seconds; only a test that fails waits so long.
     """
     until = time.monotonic() + seconds
     while True:
         late = time.monotonic() > until
-        with contextlib.suppress(*[PermissionError] * (os.name == "nt")):
+        with contextlib.suppress(FileNotFoundError, *[PermissionError] * (os.name == "nt")):
             if found := look():
                 return found
         assert not late, "it never came true"
