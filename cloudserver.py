@@ -8263,7 +8263,6 @@ class Moment:
 
         missed   told of each collection that cannot be read, and of why; without it that ends the walk
         """
-        known: dict[int, list[Node]] = {}                # what collections hold that were read ahead
         floor, ahead = self.floor_at(id), Ahead(self)
         pending: list[tuple[tuple[str, ...], int, Iterator[Node], deque[Node]]] = [(path, floor, self.children(id, floor), deque())]
         while pending:
@@ -12030,20 +12029,20 @@ class Trash:
         """Mark all that hangs below collections that were given up: nothing of it can be had at an earlier place."""
         tops = (top for top, in self.db.each("SELECT DISTINCT node FROM entry WHERE fate = 'purged' AND kind = 1 AND node > ? ORDER BY node LIMIT %d" % PIECE,
                                              (), (-1,)))
-        pending = [list(itertools.islice(tops, PIECE))]
-        while pending[-1]:
-            above = pending.pop()
-            rows = self.db.read("SELECT home, node, kind FROM entry WHERE parent IN (" + marks(above) + ") AND until IS NULL AND " + IS_GIVEN_UP
-                                + " LIMIT ?", (*above, PIECE))
-            if rows:
+        for some in iter(lambda: list(itertools.islice(tops, PIECE)), []):
+            pending = [some]
+            while pending:
+                above = pending.pop()
+                rows = self.db.read("SELECT home, node, kind FROM entry WHERE parent IN (" + marks(above) + ") AND until IS NULL AND " + IS_GIVEN_UP
+                                    + " LIMIT ?", (*above, PIECE))
                 below = [node for _, node, _ in rows]
-                self.db.write(lambda: Batch([Statement(
-                    "UPDATE entry SET until = (SELECT max(until) FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged'), fate = 'purged' "
-                    "WHERE until IS NULL AND node IN (" + marks(below) + ") AND " + IS_GIVEN_UP, below), *map(raise_shape, {row[0] for row in rows})], frees=True))
-                pending += [above] if len(rows) == PIECE else []
-                pending += [some for some in [[node for _, node, kind in rows if kind]] if some]
-            if not pending:
-                pending.append(list(itertools.islice(tops, PIECE)))
+                if below:
+                    self.db.write(lambda: Batch([Statement(
+                        "UPDATE entry SET until = (SELECT max(until) FROM entry g WHERE g.node = entry.parent AND g.fate = 'purged'), fate = 'purged' "
+                        "WHERE until IS NULL AND node IN (" + marks(below) + ") AND " + IS_GIVEN_UP, below), *map(raise_shape, {row[0] for row in rows})], frees=True))
+                if len(rows) == PIECE:
+                    pending.append(above)        # there may be more in them
+                pending += pieces([node for _, node, kind in rows if kind])
 
 
 def give_up(home: int, nodes: Sequence[int], newest: int) -> list[Statement]:
@@ -12329,7 +12328,8 @@ class Sharing:
 
     def _mine(self, who: Principal, where: str, value: int = 0) -> list[Given]:
         """A limited device is told of none that lies elsewhere or allows more than it may itself: its address opens it."""
-        view, here, given = view_of(who), self.tree.mounts.seen_by(who), self._select(where, value=value, me=view_of(who).home)
+        view, here = view_of(who), self.tree.mounts.seen_by(who)
+        given = self._select(where, value=value, me=view.home)
         here.load(one.node.node for one in given)
         given = [one._replace(path=here.path(one.node.node)) for one in given]
         return [one for one in given if view.whole or one.path] if SHARE in view.rights else [
@@ -20115,12 +20115,9 @@ def prepare_restored(db: sqlite3.Connection, id: str, place: str) -> None:
 def id_kept_in(file: Path) -> str:
     """The id of the cloud that a restore makes: whoever goes on after a kill, or after several, goes by the same.  raises OSError"""
     if not file.exists():
-        new = file.with_name(file.name + ".new")
-        with open(new, "w", encoding="ascii") as opened:
-            opened.write(secrets.token_hex(16))
-            opened.flush()
-            sync_file(opened.fileno())
-        os.replace(new, file)
+        draft = file.with_name(file.name + ".new")
+        draft.unlink(missing_ok=True)            # of one that was killed as it wrote this
+        put_file(draft, file, secrets.token_hex(16).encode(), sync_file)
         sync_directory(file.parent)
     return file.read_text(encoding="ascii")
 
