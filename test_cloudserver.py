@@ -19275,13 +19275,17 @@ def test_a_move_whose_process_is_killed_goes_on_while_others_write(serve, databa
             assert busy.is_heard()
             kills, moved, moments = 0, None, ["any", "any", "any", "sealed", "sealed"]
             rng.shuffle(moments)
+            moments.append("begun")                                          # first: on a quick machine the others may all come too late
             while moved is None:
                 moment, refused = moments.pop() if moments else "never", len(busy.refused)
                 began, process = time.monotonic(), popen("move", *asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-                if moment == "sealed":
+                if moment == "begun":
+                    eventually(lambda: os.path.exists(cluster.objects if source is laptop else other.data) or process.poll() is not None, 60)
+                elif moment == "sealed":
                     eventually(lambda: len(busy.refused) > refused or process.poll() is not None, 60)
                 try:
-                    told, _ = process.communicate(timeout={"any": rng.uniform(0.2, 1.2), "sealed": rng.uniform(0, 0.15)}.get(moment, 60))
+                    patience = {"begun": 0, "any": rng.uniform(0.2, 1.2), "sealed": rng.uniform(0, 0.15)}.get(moment, 60)
+                    told, _ = process.communicate(timeout=patience)
                     assert process.returncode == 0 and "moved to" in told, told
                     moved = told
                 except subprocess.TimeoutExpired:
