@@ -1108,9 +1108,12 @@ def parse_checksum(text: str) -> tuple[str, str]:
     """"SHA1:0a4d..." to ("sha1", "0a4d..."), the form of OC-Checksum."""
     kind, mark, value = text.partition(":")
     name = _CHECKSUMS.get(kind.strip().upper())
-    if not mark or name is None or not re.fullmatch(r"[0-9A-Fa-f]{8,128}", value.strip()):
+    value = value.strip().lower()
+    if name == "adler32":
+        value = value.zfill(8)                   # ownCloud's and Nextcloud's clients write it as a number
+    if not mark or name is None or not re.fullmatch("[0-9a-f]{8,128}", value):
         raise CloudError("bad-request", "unknown checksum")
-    return name, value.strip().lower()
+    return name, value
 
 
 def parse_basic(text: str) -> tuple[str, str] | None:
@@ -1204,7 +1207,7 @@ def _parse_float(text: str) -> float:
 
 XML_DEPTH, XML_ELEMENTS, XML_ATTRIBUTES = 64, 20_000, 256
 NAMESPACES = {"DAV:": "d", "http://owncloud.org/ns": "oc", "http://nextcloud.org/ns": "nc",
-              "http://sabredav.org/ns": "s", "http://open-collaboration-services.org/ns": "ocs", "http://open-cloud-mesh.org/ns": "ocm"}
+              "http://sabredav.org/ns": "s", "http://open-collaboration-services.org/ns": "x1", "http://open-cloud-mesh.org/ns": "x2"}      # so iOS' app looks for them
 
 
 class Markup(str):
@@ -17811,16 +17814,21 @@ def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 
 @route("PROPFIND", NC_UPLOADS, needs="read", refuse=nc_error)
 def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """What has come of an upload, so that the client sends the rest."""
+    """What has come of an upload, so that the client sends the rest; or of one chunk."""
     names, values = read_propfind(request)
-    _, chunks = cloud.uploads.parts(who, read_chunk(path)[0])
+    upload, wanted = read_chunk(path)
+    _, chunks = cloud.uploads.parts(who, upload)
+    if wanted is not None and wanted not in dict(chunks):
+        raise CloudError("not-found", "there is no such chunk")
     names = names or ("{DAV:}resourcetype", "{DAV:}getcontentlength")
     answer = Multistatus(names, NC_FILES, values=values)
-    base = request.href(request.path) + "/"
-    answer.add(base, [{"{DAV:}resourcetype": COLLECTION_TYPE}.get(name) for name in names])
-    for number, size in chunks if request["depth"] != "0" else ():
-        about = {"{DAV:}resourcetype": "", "{DAV:}getcontentlength": str(size)}
-        answer.add(base + str(number), [about.get(name) for name in names])
+    base = request.href(request.path[:-1] if wanted is not None else request.path) + "/"
+    if wanted is None:
+        answer.add(base, [{"{DAV:}resourcetype": COLLECTION_TYPE}.get(name) for name in names])
+    for number, size in chunks if wanted is not None or parse_depth(request["depth"], "1") != "0" else ():
+        if wanted in (None, number):
+            about = {"{DAV:}resourcetype": "", "{DAV:}getcontentlength": str(size)}
+            answer.add(base + str(number), [about.get(name) for name in names])
     return answer.response()
 
 
@@ -17836,15 +17844,17 @@ def nc_join(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...
     """Make the chunks a file.  Conditions are on what is there."""
     if len(path) != 2 or path[1] != ".file":
         raise CloudError("not-found", "there is nothing at this address")
-    target = read_destination(request)
-    node, new = cloud.uploads.join_parts(who, path[0], target, read_dav_conditions(request), read_announced(request), read_number(request, "oc-total-length"))
+    target, given = read_destination(request), read_dav_conditions(request)
+    if not parse_overwrite(request["overwrite"]):
+        given = given._replace(if_none_match=("*",))
+    node, new = cloud.uploads.join_parts(who, path[0], target, given, read_announced(request), read_number(request, "oc-total-length"))
     return stored_response(request, node, new, request.href(NC_ROOT + (who.name,) + target))
 
 
 def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """A chunk of a file that is put as NAME-chunking-TRANSFER-COUNT-INDEX; with the last one they become the file."""
     file, transfer, count, index = re.fullmatch(LEGACY, path[-1]).groups()
-    path = (*path[:-1], file)
+    path = check_path((*path[:-1], file))
     name = sha256_text("\n".join((transfer, *path)))
     cloud.uploads.begin_parts(who, name, read_number(request, "oc-total-length"), again=True)
     cloud.uploads.put_part(who, name, int(index), request.body)
@@ -17859,12 +17869,12 @@ def nc_legacy_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[
 @route("POST", "/remote.php/dav/bulk", needs="write", refuse=nc_error)
 def nc_bulk(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Files as parts of a multipart/related body; each is stored or refused by itself."""
-    lead = partial(lead_to_mounts, cloud.tree, who, request.body)
+    lead, about = partial(lead_to_mounts, cloud.tree, who, request.body), Scattered(cloud, who)
     answer, files = {}, read_bulk(request.body, parse_boundary(request.fields.get("content-type", "")), lead)
     for place, outcome in cloud.files.write_each(who, itertools.islice(files, PAGE_LIMIT)):
         answer[place] = {"error": True, "message": str(outcome)} if isinstance(outcome, CloudError) else {
             "error": False, "etag": outcome.etag, "fileid": str(outcome.node), "OC-FileID": format_id(outcome),
-            "permissions": "RGDNVW"}
+            "permissions": PROPERTIES[OC + "permissions"](outcome, about)}
     return json_response(answer)
 
 
@@ -17987,6 +17997,7 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     """filter-files: the favourites below a collection.  Of other rules, nothing here is known to fit."""
     names = read_names(body.iterfind("{DAV:}prop/*"))
     wanted = (body.findtext(OC + "filter-rules/" + FAVORITE) or "").strip() in TRUE
+    cloud.files.stat(who, path)
     about, base = Scattered(cloud, who), request.door.root(request.path)
     return nc_rows(request, about, base, names, ((place, node) for place, node in cloud.files.stars.list(who)
                                                  if wanted and place[:len(path)] == path))
@@ -18125,7 +18136,9 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     limit = (search.findtext("{DAV:}limit/{DAV:}nresults") or "").strip()
     most = min(SEARCH_MOST, int(limit)) if re.fullmatch(r"\d{1,6}", limit) else SEARCH_MOST
     about, path = Scattered(cloud, who), check_path(below)
-    found = search_nodes(cloud, who, path, where, about, partial(request.check_alive, SEARCH_TIME))
+    depth = parse_depth(search.findtext("{DAV:}from/{DAV:}scope/{DAV:}depth"), "infinity")
+    found = [row for row in search_nodes(cloud, who, path, where, about, partial(request.check_alive, SEARCH_TIME))
+             if depth == "infinity" or len(row[0]) - len(path) <= int(depth)]
     for order in reversed(search.findall("{DAV:}orderby/{DAV:}order")[:ORDERS_MOST]):
         prop = order.find("{DAV:}prop/*")
         if prop is not None and local_name(prop.tag) in SEARCH_VALUES:
@@ -18162,13 +18175,13 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         root, items = cloud.files.stat(who, ()), cloud.trash.list(who, limit=PAGE_LIMIT)
         rows = [((str(item.node.node),), item) for item in items]
     else:
-        item = cloud.trash.item(who, read_file_id(path[1]))
-        root, children = cloud.history.past(who, item.path + path[2:], item.node.until - 1)
-        rows = [((child.name,), item._replace(node=child, path=item.path + path[2:] + (child.name,))) for child in children]
+        item, place, seq = find_trashed(cloud, who, path)
+        root, children = cloud.history.past(who, place, seq)
+        rows = [((child.name,), item._replace(node=child, path=place + (child.name,))) for child in children]
     about.trashed = {item.node.node: item for _, item in rows}
     answer, base = Multistatus(names, NC_TRASHED), request.href(request.path)
     answer.tell(base + "/", root, about, ROOTS_LACK if len(path) == 1 else ())
-    for below, item in rows if request["depth"] != "0" else ():
+    for below, item in rows if parse_depth(request["depth"], "1") != "0" else ():
         answer.tell(base + format_path(below) + "/" * item.node.kind, item.node, about)
     return answer.response()
 
@@ -18177,33 +18190,53 @@ def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 def nc_purge(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """Give up one deleted thing for good, or all."""
     check_place(path, "trash")
-    cloud.trash.empty(who, *map(read_file_id, path[1:2]))
+    if len(path) > 2:
+        raise CloudError("forbidden", "what a deleted folder held is given up with it")
+    cloud.trash.empty(who, *map(read_file_id, path[1:]))
     return Response(204)
 
 
 @route("MOVE", NC_TRASH, needs="write", refuse=nc_error)
 def nc_restore(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """Bring a deleted thing back to where it was; the destination only says that it shall be."""
-    check_place(path, "trash")
-    cloud.trash.restore(who, read_file_id("".join(path[1:])))
+    """Bring a deleted thing back to where it was, or something in it; the destination only says that it shall be."""
+    item, place, seq = find_trashed(cloud, who, path)
+    if place == item.path:
+        cloud.trash.restore(who, item.node.node)
+    else:
+        cloud.history.bring_back(who, seq, place)
     return Response(201)
 
 
+def find_trashed(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> tuple[Trashed, tuple[str, ...], int]:
+    """(a deleted thing, where it, or what it held, was, the last seq at which it was there) of an address."""
+    check_place(path, "trash")
+    item = cloud.trash.item(who, read_file_id("".join(path[1:2])))
+    return item, item.path + path[2:], item.node.until - 1
+
+
 def find_version(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """(path of a file, one of its versions or 0) of an address."""
+    """(path of a file, one of its versions or 0) of an address.  Android's app names a version by its time, in seconds."""
     check_place(path, "versions")
-    return cloud.files.path_of(who, read_file_id("".join(path[1:2]))), parse_id(path[2]) if len(path) == 3 else 0
+    if len(path) > 3:
+        raise CloudError("not-found", "there is nothing at this address")
+    file, number = cloud.files.path_of(who, read_file_id("".join(path[1:2]))), parse_id("".join(path[2:]) or "0")
+    revs = {max(version.mtime, SECOND) // SECOND: version.rev for version in reversed(cloud.versions.list(who, file)[1:])} if number else {}
+    return file, number if number in revs.values() else revs.get(number, number)
 
 
 @route("PROPFIND", NC_VERSIONS, needs="read", refuse=nc_error)
 def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The versions of a file before the present one."""
-    path, _ = find_version(cloud, who, path)
+    file, rev = find_version(cloud, who, path)
     names = read_propfind(request)[0] or ALLPROP
-    live, about = cloud.files.stat(who, path), Scattered(cloud, who)
-    answer, base = Multistatus(names, NC_FILES), request.href(request.path)
-    answer.tell(base + "/", live._replace(kind=COLLECTION, seq=live.rev), about, ROOTS_LACK)
-    for version in cloud.versions.list(who, path)[1:] if request["depth"] != "0" else ():
+    live, about = cloud.files.stat(who, file), Scattered(cloud, who)
+    answer, base = Multistatus(names, NC_FILES), request.href(request.path[:-1] if rev else request.path)
+    versions = [version for version in cloud.versions.list(who, file)[1:] if rev in (0, version.rev)]
+    if rev and not versions:
+        raise CloudError("not-found", "there is no such version")
+    if not rev:
+        answer.tell(base + "/", live._replace(kind=COLLECTION, seq=live.rev), about, ROOTS_LACK)
+    for version in versions if rev or parse_depth(request["depth"], "1") != "0" else ():
         node = live._replace(rev=version.rev, size=version.size, mtime=version.mtime, manifest=version.manifest)
         answer.tell("%s/%d" % (base, version.rev), node, about)
     return answer.response()

@@ -15697,6 +15697,7 @@ def test_put_takes_time_and_checksum(call, cloud, ann):
     assert made.status == 201 and made.headers["x-oc-mtime"] == "accepted" and cloud.files.stat(ann, ("a",)).mtime == 1234500
     assert propfind(call, "/dav/a", "oc:checksums")["/dav/a"]["{http://owncloud.org/ns}checksums"][0].text.startswith("SHA1:" + sum)
     assert call("PUT", "/dav/a", b"hello", OC_Checksum="MD5:" + "0" * 32).status == 400
+    assert call("PUT", "/dav/a", b"hello", OC_Checksum="Adler32:62c0215").status == 204                  # as a number, without zeros before it
     assert call("PUT", "/dav/a", b"hello", X_OC_Mtime="soon").status == 400
 
 
@@ -16322,6 +16323,11 @@ def test_chunks_that_cannot_be(call, cloud, ann):
     assert call("MOVE", UPLOADS + "5/.file", Destination=FILES + "/a").status == 423
     assert call("MOVE", UPLOADS + "5/.file", Destination=FILES + "/a", If="<%s> (<%s>)" % (FILES, lock.token)).status == 201
     assert call("DELETE", UPLOADS + "5").status == 404 and tree(cloud, ann) == {"a": b""}
+    cloud.files.unlock(ann, (), lock.token)
+    call("MKCOL", UPLOADS + "7"), call("PUT", UPLOADS + "7/00001", b"x"), call("PUT", UPLOADS + "7/00002", b"yz")
+    assert call("MOVE", UPLOADS + "7/.file", Destination=FILES + "/a", Overwrite="F").status == 412 and get(cloud, ann, "a") == b""
+    assert list(propfind(call, UPLOADS + "7/00002", depth="1")) == [UPLOADS + "7/2"] and call("PROPFIND", UPLOADS + "7/00003", b"").status == 404
+    assert call("MOVE", UPLOADS + "7/.file", Destination=FILES + "/b", Overwrite="F").status == 201 and get(cloud, ann, "b") == b"xyz"
 
 
 def test_chunks_of_old_clients(call, cloud, ann):
@@ -16332,6 +16338,8 @@ def test_chunks_of_old_clients(call, cloud, ann):
     last = put("/remote.php/webdav/n-chunking-123-3-2", b"c")
     assert last.status == 201 and "etag" in last.headers and get(cloud, ann, "n") == b"abc" and cloud.files.stat(ann, ("n",)).mtime == 7000
     assert call("PUT", FILES + "/n-chunking-123-3-2", b"an odd name").status == 201 and len(tree(cloud, ann)) == 2
+    for name in (".", ".."):                     # P6: what is left of a name is one, too
+        assert put(FILES + "/%s-chunking-124-1-0" % name, b"c").status == 400 and len(tree(cloud, ann)) == 2
 
 
 def bulk(*parts, boundary="x/+=y", end=True):
@@ -16341,7 +16349,7 @@ def bulk(*parts, boundary="x/+=y", end=True):
     return body + b"--%s--\r\n" % boundary.encode() * end
 
 
-def test_bulk_upload(call, cloud, ann):
+def test_bulk_upload(call, cloud, ann, bob):
     def part(name, data, **fields):
         return {"X-File-Path": name, "Content-Length": str(len(data)), "X-File-MD5": hashlib.md5(data).hexdigest(),
                 "X-File-Mtime": "1234567890", **fields}, data
@@ -16355,7 +16363,11 @@ def test_bulk_upload(call, cloud, ann):
     assert [name for name, about in found.items() if not about["error"]] == ["/d/\u00e9.txt", "/d/empty", "/tricky"]
     assert found["/d/empty"]["etag"] == cloud.files.stat(ann, ("d", "empty")).etag and "message" in found["/no/a"]
     assert tree(cloud, ann) == {"d": None, "d/\u00e9.txt": b"one", "d/empty": b"", "tricky": tricky}
-    assert cloud.files.stat(ann, ("tricky",)).mtime == 1234567890000
+    assert cloud.files.stat(ann, ("tricky",)).mtime == 1234567890000 and found["/tricky"]["permissions"] == "RGDNVW"
+    put(cloud, bob, "given/own", parents=True)
+    cloud.sharing.share(bob, ("given",), "account", "ann", role="edit")
+    there = send(bulk(part("/given/new", b"x"))).json()["/given/new"]
+    assert there["permissions"] == propfind(call, FILES + "/given/new", "oc:permissions")[FILES + "/given/new"][cs.OC + "permissions"].text != "RGDNVW"
     assert send(bulk(part("/tricky", b"2", **{"If-Match": '"no"'}))).json()["/tricky"]["error"] is True
     for broken in (b"", b"--x/+=y\r\n", bulk(part("/a", b"x"), end=False), bulk(({"Content-Length": "x"}, b"")), b"nonsense\r\n",
                    b"--x/+=y\r\n" + b"a" * 70_000, bulk(({"Content-Length": str(1 << 40)}, b""))):
@@ -16433,6 +16445,8 @@ def test_search_as_the_phone_apps_do(call, cloud, ann):
     assert search(call, "<d:and>%s%s</d:and>" % (before, media), newest) == ["/film.mp4", "/p/one.JPG"]
     assert search(call, compare("gt", "d:getlastmodified", "2020-01-01T00:00:00Z")) in (["/p/", "/p/Text%20100%25.txt"], ["/p/Text%20100%25.txt", "/p/"])
     assert search(call, media, newest, scope="//files//ann//p//") == ["/p/two.jpg", "/p/one.JPG"]
+    for depth, want in (("1", ["/film.mp4"]), ("infinity", ["/p/two.jpg", "/film.mp4", "/p/one.JPG"]), ("0", [])):
+        assert search(call, media, newest, scope="/files/ann</d:href><d:depth>%s</d:depth><d:href>" % depth) == want
     assert search(call, compare("like", "d:displayname", "%ONE%")) == ["/p/one.JPG"] == search(call, compare("like", "d:displayname", "%o%e%j%"))
     assert search(call, "<d:not>%s</d:not>" % compare("like", "d:displayname", "%.%"), scope="/files/ann/") == ["/p/"]
     assert search(call, "<d:is-collection/>") == ["/p/"] and search(call, media, scope="/files/ann/p") != []
@@ -16572,7 +16586,68 @@ def test_versions_of_phone_apps(call, cloud, ann):
     assert [call("GET", href).body for href in list(found)[1:]] == [b"version 1", b"version 0"]
     assert call("MOVE", list(found)[2], Destination="/remote.php/dav/versions/ann/restore/target").status == 201
     assert get(cloud, ann, "d/a") == b"version 0" and len(cloud.versions.list(ann, ("d", "a"))) == 4
-    assert call("GET", base + "/1").status == 404 and call("PROPFIND", "/remote.php/dav/versions/ann/versions/5", ask, Depth="1").status == 404
+    assert call("GET", base + "/2").status == 404 and call("PROPFIND", "/remote.php/dav/versions/ann/versions/5", ask, Depth="1").status == 404
+
+
+def test_one_thing_in_a_deleted_folder_comes_back_alone_and_is_not_given_up_alone(call, cloud, ann):
+    """The phone apps open deleted folders: what they do there concerns what they show, and never the folder as a whole."""
+    put(cloud, ann, "d/x/a", b"1", parents=True), put(cloud, ann, "d/x/b", b"2"), put(cloud, ann, "d/7", b"3")
+    top = "/remote.php/dav/trashbin/ann/trash/%d/" % cloud.files.stat(ann, ("d",)).node
+    cloud.files.delete(ann, ("d",))
+    for below in ("x", "x/a", "7"):
+        assert call("DELETE", top + below).status == 403, below
+    restore = lambda below: call("MOVE", top + below, Destination="/remote.php/dav/trashbin/ann/restore/any").status
+    assert restore("x/a") == 201 and tree(cloud, ann) == {"d": None, "d/x": None, "d/x/a": b"1"}
+    assert restore("7") == 201 and restore("none") == 404 and tree(cloud, ann) == {"d": None, "d/x": None, "d/x/a": b"1", "d/7": b"3"}
+    assert restore("x") == 201 and sorted(filter(None, tree(cloud, ann).values())) == [b"1", b"2", b"3"]
+
+
+def test_no_address_of_trash_versions_and_uploads_leads_past_what_it_names(call, cloud, ann):
+    """Each of their routes, with what nobody would have named so: nothing happens."""
+    for n in range(3):
+        node = put(cloud, ann, "f", b"version %d" % n, mtime=n * 1_000_000).node
+    gone = put(cloud, ann, "d/12/3", b"3", parents=True) and cloud.files.stat(ann, ("d",)).node
+    cloud.files.delete(ann, ("d",))
+    rev = cloud.versions.list(ann, ("f",))[1].rev
+    call("MKCOL", "/remote.php/dav/uploads/ann/u"), call("PUT", "/remote.php/dav/uploads/ann/u/1", b"part")
+    state = lambda: (tree(cloud, ann), [item.node.node for item in cloud.trash.list(ann)], cloud.versions.list(ann, ("f",)), cloud.uploads.parts(ann, "u")[1])
+    before, wrong = state(), []
+    odd = {cs.NC_TRASH: ("", "trash/1", "trash/x", "other", "other/%d" % gone, "trash/%d/none" % gone, "trash/%d/12/3/4" % gone),
+           cs.NC_VERSIONS: ("", "versions", "versions/1", "versions/x", "other/%d/%d" % (node, rev), "versions/%d/%d/1" % (node, rev), "versions/%d/99" % node,
+                            "versions/%d/%d/" % (node, gone)),
+           cs.NC_UPLOADS: ("", "other/1", "u/2", "u/x", "u/1/1", "u/.file/1")}
+    for route in cs.walk_routes(cs.ROUTES):
+        for below in odd.get(route.pattern, ()):
+            path = route.pattern.replace("<owner>", "ann").replace("<path>", below)
+            answer = call(route.method, path, b"", Destination="/remote.php/dav/files/ann/new")
+            makes = route.pattern == cs.NC_UPLOADS and (route.method, below) == ("PUT", "u/2")
+            wrong += [(route.method, path, answer.status)] if not 400 <= answer.status < 410 and not makes else []
+            if makes:
+                call("DELETE", path)
+            wrong += [(route.method, path, "something happened")] if state() != before else []
+    assert wrong == []
+
+
+def test_android_restores_versions_by_their_time(call, cloud, ann):
+    """Its names of versions are seconds, made of getlastmodified."""
+    for n, mtime in enumerate((0, 5_000_000, 5_000_400, 7_000_000, 5_000_000)):
+        node = put(cloud, ann, "f", b"version %d" % n, mtime=mtime)
+    base = "/remote.php/dav/versions/ann/versions/%d" % node.node
+    for seconds, want in ((5000, b"version 2"), (7000, b"version 3"), (1, b"version 0")):
+        assert call("MOVE", "%s/%d" % (base, seconds), Destination="/remote.php/dav/versions/ann/restore/%d" % node.node).status == 201
+        assert get(cloud, ann, "f") == want
+        put(cloud, ann, "f", b"version 4", mtime=5_000_000)
+    assert call("GET", base + "/7000").body == b"version 3" and call("GET", base + "/6999").status == 404
+    rev = cloud.versions.list(ann, ("f",))[1].rev
+    assert list(propfind(call, "%s/%d" % (base, rev), "d:getetag", depth="1")) == ["%s/%d" % (base, rev)]
+
+
+def test_apps_on_ios_find_what_they_may_share_by_the_prefixes_of_sabre(call, cloud, ann):
+    """They look for elements by prefix: without x1 nothing may be shared, or only to be read."""
+    body = ("<d:propfind xmlns:d='DAV:'><d:prop><share-permissions xmlns='http://open-collaboration-services.org/ns'/>"
+            "<share-permissions xmlns='http://open-cloud-mesh.org/ns'/></d:prop></d:propfind>")
+    found = call("PROPFIND", FILES, body, Depth="0").body
+    assert b"<x1:share-permissions>31</x1:share-permissions>" in found and b'<x2:share-permissions>["share", "read", "write"]<' in found
 
 
 def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann, asked):
