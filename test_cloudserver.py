@@ -20884,7 +20884,7 @@ PLACES = {"changes": "/changes", "manifest": "/manifest", "commit": "/commit", "
 
 @pytest.fixture
 def meddler(address, monkeypatch):
-    monkeypatch.setattr(cs.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.005)))
+    monkeypatch.setattr(cs.Link, "_pause", lambda link, seconds, pause=cs.Link._pause: pause(link, min(seconds, 0.005)))
     monkeypatch.setattr(cs, "CHUNK_SIZE", 80_000), monkeypatch.setattr(cs, "CUT_LEAST", 50_000), monkeypatch.setattr(cs, "CUT_MOST", 80_000)
     proxy = Meddler(address)
     yield proxy
