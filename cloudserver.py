@@ -8591,6 +8591,12 @@ class Locks:
         if len(locks) >= 10_000:
             raise CloudError("busy", "this account has 10000 locks")
 
+    def root(self, who: Principal, lock: Lock) -> tuple[tuple[str, ...], bool]:
+        """(path, is it a collection?) of what a lock was taken on; of the top of what somebody sees, if it was taken above."""
+        here = self.mounts.seen_by(who)
+        path = here.path(lock.node)
+        return (path, bool(here.here(lock.node).kind)) if path else ((), True)
+
     def drop(self, place: Place, *nodes: Node) -> list[Statement]:
         """Locks do not outlive the place of a node (RFC 4918 s7.5, s9.6.1)."""
         if not place.locked:
@@ -16534,6 +16540,10 @@ class Door:
     def fits(self, address: tuple[str, ...]) -> bool:
         return len(address) >= len(self.names) and all(name in ("<owner>", "<link>", part) for name, part in zip(self.names, address))
 
+    def keeps(self, name: str) -> bool:
+        """May a property of this name be stored as a dead one?"""
+        return self.dead and (name in self.kept or name not in self.properties)
+
     def whose(self, address: tuple[str, ...]) -> str | None:
         """The account or the token that an address names."""
         return next((part for name, part in zip(self.names, address) if name[0] == "<"), None)
@@ -16557,7 +16567,7 @@ def dav_error(error: CloudError, request: Request, *parts: Markup) -> Response:
     """A refusal as WebDAV words it (RFC 4918 s16), with the sentence for people."""
     error = refuse_mkcol(error, request, dav_allow(request.path[1:]))
     if error.condition:
-        held = [E("d:href", dav_href(request, error.detail["path"]))] if error.detail.get("path") is not None else []
+        held = [E("d:href", dav_href(request, error.detail["path"]))] if request.door and error.detail.get("path") is not None else []
         parts += (E("d:" + error.condition, *held),)
     body = E("d:error", *parts, E("s:message", str(error)), **ROOT_NAMESPACES)
     response = Response(error.status, format_xml(body) + b"\n", {"Content-Type": XML_TYPE, "Cache-Control": "no-store",
@@ -16725,14 +16735,13 @@ def dav_mkcol(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     if body is not None:
         if body.tag != "{DAV:}mkcol":
             raise CloudError("unsupported-media", "MKCOL does not know such a body")
-        for prop in body.iterfind("{DAV:}set/{DAV:}prop/*"):
-            if prop.tag == "{DAV:}resourcetype":
-                if [kind.tag for kind in prop] != ["{DAV:}collection"]:
-                    raise CloudError("bad-resource-type", "only plain collections can be made")
-            else:
-                properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip()
-    if properties and not request.door.dead:
-        raise CloudError("forbidden", "properties of your own are not kept here")
+        for _, prop in read_settings(body):
+            if prop.tag != "{DAV:}resourcetype":
+                if not request.door.keeps(prop.tag):
+                    raise CloudError("protected-property", "%s cannot be set" % local_name(prop.tag))
+                properties[prop.tag] = format_element(prop)
+            elif [kind.tag for kind in prop] != ["{DAV:}collection"]:
+                raise CloudError("bad-resource-type", "only plain collections can be made")
     node = cloud.files.make_collection(who, path, read_dav_conditions(request), properties=properties)
     return stored_response(request, node, True, dav_href(request, path, True))
 
@@ -16754,8 +16763,13 @@ def dav_transfer(cloud: Cloud, who: Principal, request: Request, path: tuple[str
 
 @route("OPTIONS", "/dav/<path>", needs="nothing", refuse=dav_error)
 def dav_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-    """What this address can do.  MS-Author-Via makes Windows treat it as WebDAV."""
-    return Response(200, b"", {"DAV": CLASSES, "Allow": dav_allow(path), "MS-Author-Via": "DAV"})
+    """What this address can do."""
+    return options_response(CLASSES, dav_allow(path))
+
+
+def options_response(classes: str, allow: str) -> Response:
+    """MS-Author-Via makes Windows treat it as WebDAV."""
+    return Response(200, b"", {"DAV": classes, "Allow": allow, "MS-Author-Via": "DAV"})
 
 
 def dav_allow(path: tuple[str, ...]) -> str:
@@ -16768,16 +16782,17 @@ def dav_allow(path: tuple[str, ...]) -> str:
 class About:
     """What live properties may need beside the node itself; fetched when first asked for."""
 
-    def __init__(self, cloud: Cloud, who: Principal, node: Node | None, now: Moment | None) -> None:
-        self.who, self.home, self.mine = who, view_of(who).home, Standing(view_of(who).rights, who.owner or None)
+    def __init__(self, cloud: Cloud, who: Principal, node: Node | None, now: Moment | None, href: Callable[..., str] = format_path) -> None:
+        """href   of a path: the address by which it was asked for"""
+        self.who, self.href, self.home, self.mine = who, href, view_of(who).home, Standing(view_of(who).rights, who.owner or None)
         self.tag_at = cloud.journal.tag_at
         self._fetch = {"standing": lambda: cloud.files.standing(who, now), "room": lambda: lru_cache(maxsize=None)(cloud.files.room),
                        "quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node, who.person),
                        "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
-                       "given": lambda: cloud.sharing.given_by(who)}
+                       "lock_root": lambda: lru_cache(maxsize=None)(partial(cloud.locks.root, who)), "given": lambda: cloud.sharing.given_by(who)}
 
     def __getattr__(self, name: str) -> Any:
-        """standing(node); room(home); locks(node); quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}};
+        """standing(node); room(home); locks(node); lock_root(lock); quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}};
         pictured: {(home, manifest)}; epoch; given: {node: ...}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
@@ -16811,14 +16826,14 @@ def format_checksums(node: Node, about: About) -> Markup | None:
     return E("oc:checksum", " ".join(map(format_checksum, known, known.values()))) if known else None
 
 
-def format_lock(lock: Lock, who: Principal) -> Markup:
-    """An activelock element; its token is told to who has it, and to who may end it, for nobody else can use it (A19); and to visitors of links not
+def format_lock(lock: Lock, who: Principal, root: str) -> Markup:
+    """An activelock element, `root` is the address of what it was taken on; its token is told to who has it, and to who may end it, for nobody else can use it (A19); and to visitors of links not
     whose it is."""
     mine = lock.account == who.person
     token = [E("d:locktoken", E("d:href", lock.token))] if mine or view_of(who).whole and view_of(who).home == lock.home else []
     return E("d:activelock", E("d:locktype", E("d:write")), E("d:lockscope", E("d:exclusive" if lock.exclusive else "d:shared")),
              E("d:depth", "infinity" if lock.deep else "0"), *([Markup(lock.owner)] if mine or who.means != "link" else []), E("d:timeout", "Second-%d" % lock.seconds),
-             *token)
+             *token, E("d:lockroot", E("d:href", root)))
 
 
 LOCK_ENTRIES = Markup("".join(E("d:lockentry", E("d:lockscope", E(scope)), E("d:locktype", E("d:write")))
@@ -16836,7 +16851,7 @@ PROPERTIES: dict[str, Reader] = {       # live ones (RFC 4918 s15); a new one is
     "{DAV:}creationdate": lambda node, about: format_time(node.created),
     "{DAV:}displayname": lambda node, about: escape(node.name or "/"),
     "{DAV:}supportedlock": lambda node, about: LOCK_ENTRIES,
-    "{DAV:}lockdiscovery": lambda node, about: "".join(format_lock(lock, about.who) for lock in about.locks(node)),
+    "{DAV:}lockdiscovery": lambda node, about: "".join(format_lock(lock, about.who, about.href(*about.lock_root(lock))) for lock in about.locks(node)),
     "{DAV:}quota-used-bytes": lambda node, about: str(about.quota[0] if node.home == about.home else node.size) if node.kind else None,    # RFC 4331
     "{DAV:}quota-available-bytes": lambda node, about: str(about.quota[1] if node.home == about.home else about.room(node.home)) if node.kind else None,
     "{DAV:}supported-report-set": lambda node, about: REPORTS if node.kind else "",                    # RFC 3253 s3.1.5
@@ -16977,22 +16992,28 @@ def read_names(props: Iterable[ET.Element]) -> tuple[str, ...]:
     return names
 
 
-def read_propfind(request: Request) -> tuple[tuple[str, ...] | None, bool]:
-    """The names a PROPFIND asks for, None for all; and whether it wants values (RFC 4918 s14.20)."""
+class Question(NamedTuple):
+    """What a PROPFIND asks for (RFC 4918 s14.20)."""
+    names: tuple[str, ...] | None = None         # None: of all there is
+    values: bool = True                          # or the names of what there is alone
+    more: tuple[str, ...] = ()                   # names beside all (s14.8)
+
+
+def read_propfind(request: Request) -> Question:
     body = request.body.read(XML_LIMIT)
     return (recent_question if len(body) <= QUESTION_MOST else parse_propfind)(body)
 
 
-def parse_propfind(data: bytes) -> tuple[tuple[str, ...] | None, bool]:
+def parse_propfind(data: bytes) -> Question:
     if not data.strip():
-        return None, True
+        return Question()
     body = read_xml(data)
     kinds = [part.tag for part in body if part.tag in ("{DAV:}prop", "{DAV:}allprop", "{DAV:}propname")]
     if body.tag != "{DAV:}propfind" or len(kinds) != 1:
         raise CloudError("bad-request", "ask for prop, allprop or propname")
     if kinds[0] == "{DAV:}prop":
-        return read_names(body.find("{DAV:}prop")), True
-    return None, kinds[0] == "{DAV:}allprop"
+        return Question(read_names(body.find("{DAV:}prop")))
+    return Question(None, kinds[0] == "{DAV:}allprop", read_names(body.iterfind("{DAV:}include/*")))
 
 
 recent_question = lru_cache(maxsize=32)(parse_propfind)
@@ -17004,15 +17025,16 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     infinity is refused for a collection (RFC 4918 s9.1), where a shallow answer would look complete; no Depth is 1, as
     with Nextcloud.
     """
-    names, values = read_propfind(request)
+    names, values, more = read_propfind(request)
     depth = parse_depth(request["depth"], "1")
     door = request.door
     with cloud.files.listing(who, path, alone=depth == "0") as (node, now):
         if depth == "infinity" and node.kind:
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
-        about, asked = About(cloud, who, node, now), names is not None
+        about, asked = About(cloud, who, node, now, partial(dav_href, request)), names is not None
         if not asked:
-            names = ALLPROP + tuple(sorted({name for found in about.dead.values() for name in found} if door.dead else ()))
+            dead = sorted({name for found in about.dead.values() for name in found}) if door.dead else ()
+            names = tuple(dict.fromkeys((*(ALLPROP if values else door.properties), *more, *dead)))
         answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
         base = dav_href(request, path, bool(node.kind))
         answer.tell(base, node, about)
@@ -17036,19 +17058,17 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
         raise CloudError("bad-request", "this is not a propertyupdate")
     properties: dict[str, str | None] = {}
     mtime, verdicts = None, {}
-    live = set(request.door.properties) - request.door.kept
-    for step in body:
-        for prop in step.iterfind("{DAV:}prop/*"):
-            if step.tag == "{DAV:}set" and prop.tag in SETTABLE:
-                mtime = SETTABLE[prop.tag]((prop.text or "").strip())
-                verdicts[prop.tag] = 200 if mtime is not None else 409
-            elif step.tag == "{DAV:}set" and prop.tag == CHECKSUMS:
-                verdicts[prop.tag] = 200 if has_checksums(cloud, who, request, path, "".join(prop.itertext())) else 409
-            elif prop.tag in live or not request.door.dead:
-                verdicts[prop.tag] = 403
-            elif step.tag in ("{DAV:}set", "{DAV:}remove"):
-                properties[prop.tag] = ET.tostring(prop, encoding="unicode").strip() if step.tag == "{DAV:}set" else None
-                verdicts[prop.tag] = 200
+    for sets, prop in read_settings(body):
+        if sets and prop.tag in SETTABLE:
+            mtime = SETTABLE[prop.tag]((prop.text or "").strip())
+            verdicts[prop.tag] = 200 if mtime is not None else 409
+        elif sets and prop.tag == CHECKSUMS:
+            verdicts[prop.tag] = 200 if has_checksums(cloud, who, request, path, "".join(prop.itertext())) else 409
+        elif not request.door.keeps(prop.tag):
+            verdicts[prop.tag] = 403
+        else:
+            properties[prop.tag] = format_element(prop) if sets else None
+            verdicts[prop.tag] = 200
     if not verdicts:
         raise CloudError("bad-request", "no property is named")
     if set(verdicts.values()) == {200}:
@@ -17062,6 +17082,29 @@ def dav_proppatch(cloud: Cloud, who: Principal, request: Request, path: tuple[st
                  *([E("d:error", E("d:cannot-modify-protected-property"))] if status == 403 else []))
         for status in sorted(set(verdicts.values())))))
     return answer.response()
+
+
+def read_settings(body: ET.Element) -> Iterator[tuple[bool, ET.Element]]:
+    """(whether it is set or removed, a property) of each step of a PROPPATCH or an extended MKCOL, in order.
+
+    A property takes along the language that holds where it stands (RFC 4918 s4.3).
+    """
+    for step in body:
+        for holder in step.iterfind("{DAV:}prop") if step.tag in ("{DAV:}set", "{DAV:}remove") else ():
+            for prop in holder:
+                language = next((one.get(LANGUAGE) for one in (prop, holder, step, body) if LANGUAGE in one.attrib), None)
+                if language is not None:
+                    prop.set(LANGUAGE, language)
+                yield step.tag == "{DAV:}set", prop
+
+
+LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+
+
+def format_element(element: ET.Element) -> str:
+    """An element as it is stored, without what stands behind it."""
+    element.tail = None
+    return ET.tostring(element, encoding="unicode")
 
 
 def has_checksums(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...], text: str) -> bool:
@@ -17085,11 +17128,11 @@ def dav_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
         if (body.tag, kind, depth) not in (("{DAV:}lockinfo", ["{DAV:}write"], "0"), ("{DAV:}lockinfo", ["{DAV:}write"], "infinity")) \
                 or scope not in (["{DAV:}exclusive"], ["{DAV:}shared"]):
             raise CloudError("bad-request", "only write locks, exclusive or shared, of Depth 0 or infinity are known")
-        text = "" if owner is None else ET.tostring(owner, encoding="unicode").strip()
+        text = "" if owner is None else format_element(owner)
         if len(text) > 4 * KiB:
             raise CloudError("bad-request", "the owner of a lock may have 4 KiB")
         lock, new = cloud.files.lock(who, path, LockInfo(depth == "infinity", scope == ["{DAV:}exclusive"], text, seconds), given)
-    answer = E("d:prop", E("d:lockdiscovery", format_lock(lock, who)), **ROOT_NAMESPACES)
+    answer = E("d:prop", E("d:lockdiscovery", format_lock(lock, who, dav_href(request, *cloud.locks.root(who, lock)))), **ROOT_NAMESPACES)
     return Response(201 if new else 200, format_xml(answer), {
         "Content-Type": XML_TYPE, "Cache-Control": "no-store", **({"Lock-Token": "<%s>" % lock.token} if body is not None else {})})
 
@@ -17127,7 +17170,7 @@ def dav_changes(cloud: Cloud, who: Principal, request: Request, path: tuple[str,
         if not top.kind:
             raise CloudError("no-such-report", "only a collection can be synced")
         door = request.door
-        about, answer = About(cloud, who, top, now), Multistatus(names, door, complete=not is_minimal(request))
+        about, answer = About(cloud, who, top, now, partial(dav_href, request)), Multistatus(names, door, complete=not is_minimal(request))
         since, head = read_sync_token(cloud, token), cloud.journal.head()
         reached, rows = sync_rows(cloud, who, path, since, int(limit), request.check_alive)
         for below, kind, node in rows:
@@ -17704,7 +17747,6 @@ PASSING = {"busy"}              # of the 503s: concerns this request alone, whil
 def nc_error(error: CloudError, request: Request) -> Response:
     error = refuse_mkcol(error, request, NC_METHODS)
     name = "Conflict" if error.kind in PASSING else EXCEPTIONS.get(error.status, "Exception")
-    error.detail.pop("path", None)
     return dav_error(error, request, E("s:exception", "Sabre\\DAV\\Exception\\" + name))
 
 
@@ -17767,10 +17809,10 @@ def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]
     return (nc_legacy_chunk if is_chunk else dav_put)(cloud, who, request, path)
 
 
-@route("OPTIONS", "/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>", needs="nothing")
+@route("OPTIONS", "/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>", needs="nothing", refuse=nc_error)
 def nc_options(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...] = ()) -> Response:
     """What can be done here; Android looks for SEARCH."""
-    return Response(200, b"", {"DAV": NC_CLASSES, "Allow": NC_METHODS})
+    return options_response(NC_CLASSES, NC_METHODS)
 
 
 # ---- uploads in chunks
@@ -17815,7 +17857,7 @@ def nc_chunk(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
 @route("PROPFIND", NC_UPLOADS, needs="read", refuse=nc_error)
 def nc_chunks(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What has come of an upload, so that the client sends the rest; or of one chunk."""
-    names, values = read_propfind(request)
+    names, values, _ = read_propfind(request)
     upload, wanted = read_chunk(path)
     _, chunks = cloud.uploads.parts(who, upload)
     if wanted is not None and wanted not in dict(chunks):
@@ -18170,7 +18212,7 @@ def check_place(path: tuple[str, ...], *first: str) -> None:
 def nc_trash(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """What was deleted, each by its id; or what a deleted collection held."""
     check_place(path, "trash")
-    names, about = read_propfind(request)[0] or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
+    names, about = read_propfind(request).names or tuple(TRASHED) + ALLPROP, Scattered(cloud, who)
     if len(path) == 1:
         root, items = cloud.files.stat(who, ()), cloud.trash.list(who, limit=PAGE_LIMIT)
         rows = [((str(item.node.node),), item) for item in items]
@@ -18228,7 +18270,7 @@ def find_version(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> tuple[t
 def nc_versions(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
     """The versions of a file before the present one."""
     file, rev = find_version(cloud, who, path)
-    names = read_propfind(request)[0] or ALLPROP
+    names = read_propfind(request).names or ALLPROP
     live, about = cloud.files.stat(who, file), Scattered(cloud, who)
     answer, base = Multistatus(names, NC_FILES), request.href(request.path[:-1] if rev else request.path)
     versions = [version for version in cloud.versions.list(who, file)[1:] if rev in (0, version.rev)]

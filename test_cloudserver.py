@@ -15550,6 +15550,10 @@ def test_a_held_device_may_still_add_by_a_commit(make_cloud, fake, serve_cloud):
 
 # ==== 26. WebDAV =========================================================================
 
+FILES = "/remote.php/dav/files/ann"
+XMLNS = " ".join("xmlns:%s='%s'" % (prefix, namespace) for namespace, prefix in cs.NAMESPACES.items())
+
+
 def propfind(call, path, *names, depth="0", **headers):
     """{href: {name: element}} of a PROPFIND for properties like "d:getetag"."""
     body = "" if not names else "<d:propfind xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns' xmlns:x='urn:x' xmlns:ocs='http://open-collaboration-services.org/ns' xmlns:ocm='http://open-cloud-mesh.org/ns'><d:prop>%s</d:prop></d:propfind>" % (
@@ -15663,6 +15667,70 @@ def test_dead_properties_come_back_as_they_were(call, cloud, ann):
     remove = "<d:propertyupdate xmlns:d='DAV:'><d:remove><d:prop><p xmlns='urn:x'/></d:prop></d:remove></d:propertyupdate>"
     call("PROPPATCH", "/dav/b", remove)
     assert propfind(call, "/dav/b", "x:p")["/dav/b"] == {}
+
+
+def test_a_property_is_stored_alone_with_the_language_it_was_said_in(call, cloud, ann):
+    """RFC 4918 s4.3: by both methods that set some; what stands between the elements belongs to none."""
+    put(cloud, ann, "a")
+    steps = ("<d:set><d:prop xml:lang='fr'><p xmlns='urn:x'>1</p>M<q xmlns='urn:x' xml:lang='en'>2</q></d:prop>"
+             "<d:prop><r xmlns='urn:x'>3</r> </d:prop><d:prop xml:lang=''><t xmlns='urn:x'/>M</d:prop></d:set>")
+    assert call("PROPPATCH", "/dav/a", "<d:propertyupdate xmlns:d='DAV:' xml:lang='de'>%s</d:propertyupdate>" % steps).status == 207
+    assert call("MKCOL", "/dav/c", "<d:mkcol xmlns:d='DAV:' xml:lang='de'>%s</d:mkcol>" % steps).status == 201
+    for path in ("/dav/a", "/dav/c/"):
+        found = propfind(call, path, "x:p", "x:q", "x:r", "x:t")[path]
+        assert [(found["{urn:x}" + name].get(cs.LANGUAGE), found["{urn:x}" + name].text, found["{urn:x}" + name].tail) for name in "pqrt"] == [
+            ("fr", "1", None), ("en", "2", None), ("de", "3", None), ("", None, None)]
+
+
+@pytest.mark.parametrize("door", ["/dav", FILES])
+def test_who_asks_for_all_may_ask_for_more_and_names_are_all_there_are(call, cloud, ann, door):
+    """RFC 4918 s9.1, s14.8"""
+    put(cloud, ann, "a", mtime=5_000_000)
+    ask = lambda inner: call("PROPFIND", door + "/a", "<d:propfind %s>%s</d:propfind>" % (XMLNS, inner), Depth="0").body
+    told = lambda inner: [prop.tag for prop in cs.read_xml(ask(inner)).find("{DAV:}response/{DAV:}propstat/{DAV:}prop")]
+    every, names = told("<d:allprop/>"), told("<d:propname/>")
+    assert told("<d:allprop/><d:include><oc:fileid/><d:getetag/></d:include>") == [*every, cs.OC + "fileid"]
+    assert b"404" not in ask("<d:allprop/><d:include><oc:none/></d:include>")
+    assert set(every) < set(names) and len(names) == len(set(names)) and {cs.OC + "fileid", cs.OC + "permissions", cs.CHECKSUMS} <= set(names)
+    assert set(told("<d:prop>%s</d:prop>" % "".join(cs.E(name) for name in names))) == set(names)
+
+
+def test_what_proppatch_may_not_set_no_mkcol_sets(call, cloud, ann):
+    """RFC 5689 s3: as a dead property beside the live one it would be told twice.  Every live property, at each door."""
+    cloud.files.make_collection(ann, ("there",))
+    for door, name in itertools.product(("/dav", FILES), sorted(set(cs.NC_PROPERTIES) - {"{DAV:}resourcetype"})):
+        steps = "<d:set><d:prop>%s</d:prop></d:set>" % cs.E(name, "x")
+        refused = call("PROPPATCH", door + "/there", "<d:propertyupdate %s>%s</d:propertyupdate>" % (XMLNS, steps)).body
+        made = call("MKCOL", door + "/c", "<d:mkcol %s>%s</d:mkcol>" % (XMLNS, steps))
+        assert made.status == (403 if b" 403 " in refused or name in cs.SETTABLE or name == cs.CHECKSUMS else 201), name
+        assert (made.status == 403) is (b"cannot-modify-protected-property" in made.body) is ("c" not in tree(cloud, ann)), name
+        if made.status == 201:
+            every = [prop.tag for prop in cs.read_xml(call("PROPFIND", door + "/c", b"", Depth="0").body).find("{DAV:}response/{DAV:}propstat/{DAV:}prop")]
+            assert len(every) == len(set(every)), name
+            cloud.files.delete(ann, ("c",))
+
+
+def test_a_lock_says_where_it_was_taken(call, cloud, ann, bob):
+    """RFC 4918 s14.12: as who asks would write it; through each door, on what it holds, by its owner and by others."""
+    roots = lambda body: [element.text for element in cs.read_xml(body).iterfind(".//{DAV:}lockroot/{DAV:}href")]
+    put(cloud, ann, "d \u00e9/s/a", parents=True)
+    taken = call("LOCK", FILES + "/d%20%C3%A9", lock_body())
+    token = taken.headers["lock-token"]
+    assert roots(taken.body) == [FILES + "/d%20%C3%A9/"]
+    assert roots(call("LOCK", "/dav/d%20%C3%A9/s/a", b"", If="(%s)" % token).body) == ["/dav/d%20%C3%A9/"]
+    for door in ("/dav", FILES, "/remote.php/webdav"):
+        for path in ("/d%20%C3%A9/", "/d%20%C3%A9/s/", "/d%20%C3%A9/s/a"):
+            for answer in (call("PROPFIND", door + path, LOCKS_ASKED, Depth="0"), call("PROPFIND", door + path, LOCKS_ASKED, Depth="1")):
+                assert set(roots(answer.body)) == {door + "/d%20%C3%A9/"}
+    refused = call("PUT", FILES + "/d%20%C3%A9/s/a", b"x")
+    assert refused.status == 423 and cs.read_xml(refused.body).findtext("{DAV:}lock-token-submitted/{DAV:}href") == FILES + "/d%20%C3%A9"
+    cloud.sharing.share(ann, ("d \u00e9", "s"), "account", "bob", role="edit")
+    assert set(roots(call("PROPFIND", "/dav/s", LOCKS_ASKED, user="bob", Depth="1").body)) == {"/dav/"}      # nearer is nothing that bob sees
+    root = call("LOCK", "/dav/", lock_body("shared"), Depth="0", user="bob")
+    assert roots(root.body) == ["/dav/"]
+
+
+LOCKS_ASKED = "<d:propfind xmlns:d='DAV:'><d:prop><d:lockdiscovery/></d:prop></d:propfind>"
 
 
 def test_proppatch_is_all_or_nothing(call, cloud, ann):
@@ -16040,7 +16108,6 @@ def test_quota_properties(call, cloud, ann):
 
 # ==== 27. Nextcloud dialect ==============================================================
 
-FILES = "/remote.php/dav/files/ann"
 UPLOADS = "/remote.php/dav/uploads/ann/"
 
 
