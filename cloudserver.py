@@ -445,7 +445,7 @@ class LockInfo(NamedTuple):
 
 
 class Lock(NamedTuple):
-    """A write lock (RFC 4918 s6).  The order is that of the table's columns."""
+    """A write lock (RFC 4918 s6)."""
     token: str
     home: int
     node: int
@@ -455,6 +455,7 @@ class Lock(NamedTuple):
     owner: str                   # the client's XML, as it sent it
     seconds: int                 # granted
     due: int                     # ends then, steady ms
+    name: str | None = None      # of whose account it is; None: a visitor's, or not asked for
 
 
 # ==== 2. Errors ==========================================================================
@@ -8546,13 +8547,15 @@ class Locks:
         self.db, self.clock, self.mounts = db, clock, mounts
 
     def of(self, place: Place) -> list[Lock]:
-        return self._standing(self.db.read, place.view.home)
+        return self._standing(self.db.read, [place.view.home])
 
-    def _standing(self, read: Read, home: int) -> list[Lock]:
-        """The locks in a home.  Who took one by what is shared with them has it as long as they may change something there (law 12 of sharing)."""
-        locks = [Lock._make(row) for row in read("SELECT * FROM lock WHERE home = ? AND due > ?", (home, self.clock.due()))]
-        rights = {account: self.mounts.rights_of(account, read) for account in {lock.account for lock in locks} - {home}}
-        return [lock for lock in locks if lock.account == home
+    def _standing(self, read: Read, homes: Sequence[int]) -> list[Lock]:
+        """The locks in some homes.  Who took one by what is shared with them has it as long as they may change something there (law 12 of sharing)."""
+        locks = [Lock._make(row) for row in read(
+            "SELECT l.token, l.home, l.node, l.account, l.deep, l.exclusive, l.owner, l.seconds, l.due, a.name FROM lock l LEFT JOIN account a ON a.id = l.account "
+            "WHERE l.home IN (" + marks(homes) + ") AND l.due > ?", (*homes, self.clock.due()))]
+        rights = {account: self.mounts.rights_of(account, read) for account in {lock.account for lock in locks if lock.account != lock.home}}
+        return [lock for lock in locks if lock.account == lock.home
                 or not rights[lock.account]((*holders(read, lock.node), lock.node)).isdisjoint(CHANGES)]
 
     def covering(self, place: Place, locks: list[Lock]) -> list[Lock]:
@@ -8606,10 +8609,22 @@ class Locks:
                 if lock.node in gone or gone & set(holders(self.db.read, lock.node))]
 
     def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
-        """Tells which locks hold the node or one of its children."""
-        locks = self._standing(now.read, node.home)
-        above = {node.node, *(now.above(node.node) or ())} if locks else set()
-        return lambda one: [lock for lock in locks if lock.node == one.node or lock.deep and lock.node in above]
+        """Tells which locks hold the node or one of its children, what a mount shows among them."""
+        return self.among(now, [node, *(grant.node for grant in now.grants.values())])
+
+    def among(self, now: Moment, nodes: Sequence[Node]) -> Callable[[Node], list[Lock]]:
+        """Tells which locks hold some nodes that a moment shows, or children of these."""
+        held: dict[int, list[Lock]] = {}
+        for lock in self._standing(now.read, sorted({node.home for node in nodes})) if nodes else ():
+            held.setdefault(lock.node, []).append(lock)
+        is_deep = any(lock.deep for locks in held.values() for lock in locks)
+        if is_deep:                                      # all on the way at once
+            now.load({node.parent for node in nodes} - {None})
+
+        def look(one: Node) -> list[Lock]:
+            above = now.line(one.parent) if is_deep else ()
+            return [*held.get(one.node, ()), *(lock for id in above for lock in held.get(id, ()) if lock.deep)]
+        return look if held else lambda one: []
 
 
 PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
@@ -10499,11 +10514,59 @@ class Stars:
             "SELECT node FROM star WHERE account = ? AND node IN (" + marks(piece) + ")", (who.person, *piece))}
 
 
+class Held:
+    """Locks, for who looks at what they hold."""
+
+    def __init__(self, files: Files) -> None:
+        self.files, self.tree = files, files.tree
+
+    def among(self, who: Principal, nodes: Sequence[Node], now: Moment | None = None) -> dict[int, list[tuple[Lock, bool]]]:
+        """{node: [(lock, may they end it?)]} of those that are locked among some nodes that somebody sees; `now` is where these were read."""
+        look = self.tree.locks.among(now or self.tree.mounts.seen_by(who), nodes)
+        found = [(node, locks) for node in nodes for locks in [look(node)] if locks]
+        stand, view = self.files.standing(who, now) if found else None, view_of(who)
+        views = {node.node: view._replace(rights=stand(node).rights, whole=view.whole and node.home == view.home) for node, _ in found}
+        return {node.node: [(lock, may_end(lock, views[node.node])) for lock in locks] for node, locks in found}
+
+    def end_known(self, who: Principal, path: tuple[str, ...], id: str) -> None:
+        """End a lock, by what others may know of it.  raises CloudError not-found, forbidden"""
+        self.end(who, path, lambda lock: id_of_lock(lock) == id, CloudError("not-found", "this lock has ended"))
+
+    def end(self, who: Principal, path: tuple[str, ...], wanted: Callable[[Lock], bool], missing: CloudError) -> None:
+        """End one of the locks that hold what is at a path.  raises CloudError `missing` if none is wanted, forbidden if it is another's"""
+        def attempt() -> Batch:
+            plan = Plan(self.tree, who)
+            place = plan.now.enter(path)
+            place.need(READ)
+            place.need(*CHANGES)
+            node = place.found()
+            lock = next(filter(wanted, self.tree.locks.covering(place, self.tree.locks.of(place))), None)
+            if lock is None:
+                raise missing
+            if not may_end(lock, place.view):
+                raise CloudError("forbidden", "this lock belongs to somebody else")
+            plan.rows.append(Statement("DELETE FROM lock WHERE token = ?", (lock.token,)))
+            return plan.batch("unlock", {"path": [path], "within": node.node, **({} if lock.account == who.person else {"of": lock.name})})
+
+        self.tree.db.write(attempt)
+
+
+def id_of_lock(lock: Lock) -> str:
+    """What a lock is called before who must not learn its token (A19)."""
+    return sha256_text(lock.token)[:16]
+
+
+def may_end(lock: Lock, view: View) -> bool:
+    """May somebody end a lock on what they see so?  Who may change it their own one; an administrator, and whose home it is, any (A19)."""
+    return not view.rights.isdisjoint(CHANGES) and (lock.account == view.who.person or view.whole or view.who.admin)
+
+
 class Files:
     """Files and collections as they are now."""
 
     def __init__(self, tree: Tree) -> None:
         self.tree, self.db, self.clock, self.sums, self.stars = tree, tree.db, tree.clock, Sums(tree.db), Stars(tree)
+        self.held = Held(self)
 
     def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
         """The node at a path.  raises CloudError not-found"""
@@ -10789,9 +10852,10 @@ class Files:
             if self.db.read("SELECT count(*) FROM lock WHERE account = ? AND due > ?", (lock.account, now))[0][0] >= LOCKS_MOST:
                 raise CloudError("conflict", "you hold %d locks already" % LOCKS_MOST)
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
-                          Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", lock),
+                          Statement("INSERT INTO lock (token, home, node, account, deep, exclusive, owner, seconds, due) VALUES "
+                                    "(:token, :home, :node, :account, :deep, :exclusive, :owner, :seconds, :due)", lock._asdict()),
                           raise_shape(home)]
-            return plan.batch("lock", {"path": [path]}, (lock, place.node is None))
+            return plan.batch("lock", {"path": [path], "within": node.node}, (lock, place.node is None))
 
         return self.db.write(attempt).told
 
@@ -10810,18 +10874,8 @@ class Files:
         return self.db.write(attempt).told
 
     def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
-        """End a lock.  raises CloudError no-token if it does not hold the node, forbidden if it is another's"""
-        place = self.tree.enter(who, path, READ)
-        place.need(*CHANGES)
-        place.found()
-        is_owner = place.view.whole or who.admin
-        for lock in self.tree.locks.covering(place, self.tree.locks.of(place)):
-            if lock.token == token:
-                if lock.account != who.person and not is_owner:
-                    raise CloudError("forbidden", "this lock belongs to somebody else")
-                self.db.run(Statement("DELETE FROM lock WHERE token = ?", (token,)))
-                return
-        raise CloudError("no-token", "there is no such lock on this")
+        """End a lock.  raises CloudError no-token if it does not hold what is there, forbidden if it is another's"""
+        self.held.end(who, path, lambda lock: lock.token == token, CloudError("no-token", "there is no such lock on this"))
 
     def quota(self, who: Principal) -> tuple[int, int]:
         """(bytes used, bytes left): of the quota, or of the disk where there is none."""
@@ -11242,6 +11296,11 @@ class Journal:
             raise CloudError("unauthenticated", "this device was revoked")
         own, shared, line = rows[0]
         return max(own, shared or 0, line if told and line else 0)
+
+    def has_marked(self, who: Principal, since: int) -> bool:
+        """Did anything after a seq change the marks in lists, of which no etag tells: stars, shares, locks?"""
+        return bool(self.db.read("SELECT 1 FROM journal WHERE home = ? AND seq > ? AND action IN ('star', 'unstar', 'share', 'share-change', 'share-end', "
+                                 "'lock', 'unlock') LIMIT 1", (view_of(who).home, since)))
 
     def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
         """Wait until something in the account, or in its journal, is newer than a seq; False if nothing was in time.
@@ -15429,12 +15488,15 @@ def api_node(node: Node, path: Sequence[str]) -> dict[str, Any]:
     return about
 
 
-def api_nodes(cloud: Cloud, who: Principal, rows: Iterable[tuple[Sequence[str], Node]]) -> list[dict[str, Any]]:
-    """Live nodes, (path, node), with what marks them: stars, and how they are shared."""
+def api_nodes(cloud: Cloud, who: Principal, rows: Iterable[tuple[Sequence[str], Node]], now: Moment | None = None) -> list[dict[str, Any]]:
+    """Live nodes, (path, node), with what marks them: stars, how they are shared, locks; `now` is where they were read."""
     rows = list(rows)
     stars, shared = cloud.files.stars.among(who, (node for _, node in rows)), cloud.sharing.given_by(who)
-    return [{**api_node(node, path), **api_marks(node.node in stars, shared.get(node.node, ()))}
-            if node.node in stars or node.node in shared else api_node(node, path) for path, node in rows]
+    locks = cloud.files.held.among(who, [node for _, node in rows], now)
+    marked = {*stars, *shared, *locks}
+    return [{**api_node(node, path), **api_marks(node.node in stars, shared.get(node.node, ())),
+             **({"locks": [api_lock(cloud, who, node, *lock) for lock in locks[node.node]]} if node.node in locks else {})}
+            if node.node in marked else api_node(node, path) for path, node in rows]
 
 
 def api_marks(starred: bool, shared: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
@@ -15442,6 +15504,22 @@ def api_marks(starred: bool, shared: Sequence[tuple[str, str | None]]) -> dict[s
     marks = {"starred": starred, "shared": bool(shared), "linked": any(kind == "link" for kind, _ in shared),
              "shared_with": [name for kind, name in shared if kind != "link"]}
     return {name: mark for name, mark in marks.items() if mark}
+
+
+def api_lock(cloud: Cloud, who: Principal, node: Node, lock: Lock, ends: bool) -> dict[str, Any]:
+    """A lock that holds a node.
+
+    account  whose it is; null: a visitor's;  owner  what the program that took it says of itself;  renewed  or taken, if it never was
+    above    is it on a collection that holds the node?  ends  may who asks end it?
+    """
+    offset = cloud.clock.wall() - cloud.clock.due()
+    return {"id": id_of_lock(lock), "account": lock.name, "mine": lock.account == who.person, "owner": owner_of_lock(lock.owner), "exclusive": bool(lock.exclusive),
+            "above": lock.node != node.node, "renewed": format_time(lock.due - lock.seconds * SECOND + offset), "until": format_time(lock.due + offset), "ends": ends}
+
+
+def owner_of_lock(text: str) -> str:
+    """The words in the XML by which a program says who holds a lock."""
+    return cut_text(" ".join("".join(read_xml(text.encode()).itertext()).split()), 200) if text else ""
 
 
 def one_call(method: str, what: str, needs: str, does: str, run: Callable[..., Any], **values: str) -> None:
@@ -15610,7 +15688,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     with cloud.files.listing(who, path) as (node, now):
         page = now.page(node.node, order, start, limit + 1)
         head, *seen = map(cloud.files.standing(who, now), [node, *page[:limit]])
-    answer, *children = api_nodes(cloud, who, [(path, node), *((path + (child.name,), child) for child in page[:limit])])
+        answer, *children = api_nodes(cloud, who, [(path, node), *((path + (child.name,), child) for child in page[:limit])], now)
     for about, standing in [(answer, head), *((about, one) for about, one in zip(children, seen) if one.mount or one.rights != head.rights)]:
         about.update(rights=in_order(standing.rights).split(), **({"owner": standing.owner} if standing.owner else {}), **({"mount": True} if standing.mount else {}))
     if head.owner and not head.rights.isdisjoint((CREATE, UPDATE)):
@@ -15930,6 +16008,10 @@ def api_put_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tupl
         raise CloudError("too-large", "a thumbnail has at most %s" % format_size(THUMBNAIL_LIMIT))
     cloud.pictures.put(who, path, data, version)
     return Response(204)
+
+
+one_call("POST", "unlock", "write", "End a lock, by the `id` that tells it from others: one's own, or in one's own home anybody's; an administrator, any.",
+         lambda cloud, who, path, lock: cloud.files.held.end_known(who, path, lock), path="path", lock=TEXT)
 
 
 @route("POST", API + "star", needs="write", paths="paths", starred="boolean")
@@ -16439,7 +16521,7 @@ def root_shared(who: Principal) -> dict[str, Any]:
 @route("GET", API + "events", needs="read")
 def sync_events(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Server-sent events: {"seq": N} whenever something in the account has changed, or is told in its journal, and again every 15 seconds:
-    by its silence a listener knows that the connection is dead."""
+    by its silence a listener knows that the connection is dead.  "marks": true says that among it are stars, shares or locks, which no etag tells."""
     cloud.journal.await_change(who, cloud.journal.newest(who, told=True), 0)        # refuse now what would be refused later
     return Response(200, sync_wake_ups(cloud, who), {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                                                      "X-Accel-Buffering": "no"}, length=None)
@@ -16449,9 +16531,11 @@ def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
     seq, until = cloud.journal.newest(who, told=True), time.monotonic() + EVENTS_LIFE
     yield b'retry: 2000\ndata: {"seq":%d}\n\n' % seq
     while time.monotonic() < until and not cloud.journal.closing.is_set():
+        marks = b""
         if cloud.journal.await_change(who, seq, 15):
-            seq = cloud.journal.newest(who, told=True)
-        yield b'data: {"seq":%d}\n\n' % seq             # finds out whether anybody still listens, too
+            since, seq = seq, cloud.journal.newest(who, told=True)
+            marks = b',"marks":true' * cloud.journal.has_marked(who, since)
+        yield b'data: {"seq":%d%s}\n\n' % (seq, marks)         # finds out whether anybody still listens, too
 
 
 @route("POST", API + "chunks/missing", needs="read", hashes="hashes")
@@ -24712,7 +24796,7 @@ const PROBLEMS = {
   "exists": "There is something of that name already.",
   "precondition-failed": "Somebody changed this in the meantime.",
   "same-place": "One of these lies in the other.",
-  "locked": "Another program has this file locked at the moment.",
+  "locked": "A program has this locked at the moment. Its mark in the list tells whose it is.",
   "over-quota": "The storage is full. Delete something, then empty the trash, or ask for more.",
   "disk-full": "The disk of the server is almost full; it takes nothing new until there is room.",
   "too-large": "This file is larger than the server accepts.",
@@ -25688,6 +25772,8 @@ PAGE_GERMAN = r"""{
   "A password for each device": "Ein Passwort für jedes Gerät",
   "A person or group": "Eine Person oder Gruppe",
   "A phone cannot reach {host}: open this page by the address that this computer has in your network.": "Ein Handy erreicht {host} nicht: Öffne diese Seite unter der Adresse, die dieser Rechner in deinem Netz hat.",
+  "A program has this locked at the moment. Its mark in the list tells whose it is.":
+    "Ein Programm hat das gerade gesperrt. Wessen es ist, sagt das Zeichen in der Liste.",
   "A star marks what you want to find again.": "Ein Stern zeigt, was du wiederfinden willst.",
   "A version with a name is never removed by itself.": "Eine Version mit Namen wird nie von selbst entfernt.",
   "A visitor": "Jemand mit einem Link",
@@ -25711,7 +25797,6 @@ PAGE_GERMAN = r"""{
   "Already there": "Schon da",
   "An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
   "An upload was broken off": "Ein Upload wurde abgebrochen",
-  "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
   "Any kind": "Jede Art",
   "Any size": "Jede Größe",
@@ -25816,8 +25901,12 @@ PAGE_GERMAN = r"""{
   "End all links": "Alle Links beenden",
   "End all links?": "Alle Links beenden?",
   "End it for {name}": "Für {name} beenden",
+  "End it only if nobody works on it any more: what a program saves then may be refused.":
+    "Beende sie nur, wenn niemand mehr daran arbeitet: was ein Programm dann speichert, kann abgewiesen werden.",
   "End the link to {what}?": "Den Link zu {what} beenden?",
   "End the link {name}": "Den Link {name} beenden",
+  "End the lock": "Sperre beenden",
+  "End the lock…": "Sperre beenden …",
   "End the share of {name}": "Die Freigabe von {name} beenden",
   "Ends": "Ende",
   "Ends after 30 days": "Endet nach 30 Tagen",
@@ -25873,6 +25962,7 @@ PAGE_GERMAN = r"""{
   "It takes {size} at most.": "Höchstens {size} passen hinein.",
   "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
   "It was moved, renamed or deleted.": "Es wurde verschoben, umbenannt oder gelöscht.",
+  "Its last sign of life: {when}.": "Letztes Lebenszeichen: {when}.",
   "Just now": "Gerade eben",
   "Keep": "Behalten",
   "Keep both": "Beide behalten",
@@ -25898,6 +25988,7 @@ PAGE_GERMAN = r"""{
   "Link to {what}": "Link zu {what}",
   "Links": "Links",
   "List": "Liste",
+  "Locked by {who} until {when}": "Gesperrt von {who} bis {when}",
   "Log in": "Anmelden",
   "Log out": "Abmelden",
   "Log out?": "Abmelden?",
@@ -25965,6 +26056,7 @@ PAGE_GERMAN = r"""{
   "Only the first {n} are shown: narrow it down.": "Nur die ersten {n} sind zu sehen: Grenze es ein.",
   "Only the first {n} rows are shown.": "Nur die ersten {n} Zeilen sind zu sehen.",
   "Only this folder": "Nur dieser Ordner",
+  "Only who holds it and whose files these are can end it.": "Nur wer sie hält und wem die Dateien gehören, kann sie beenden.",
   "Only {name}": "Nur {name}",
   "Open": "Öffnen",
   "Open in a new tab": "In neuem Tab öffnen",
@@ -25991,6 +26083,7 @@ PAGE_GERMAN = r"""{
   "Please log in again": "Bitte neu anmelden",
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
+  "Program: {name}": "Programm: {name}",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
   "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
   "Recently": "Kürzlich",
@@ -26085,6 +26178,7 @@ PAGE_GERMAN = r"""{
   "The link is closed to you for a moment.": "Der Link ist für dich einen Moment lang zu.",
   "The link takes no more, or not so much at a time.": "Der Link nimmt nichts mehr an, oder nicht so viel auf einmal.",
   "The links have ended.": "Die Links sind beendet.",
+  "The lock is on a folder that holds it.": "Die Sperre liegt auf einem Ordner darüber.",
   "The most they may take per account, in GB; empty is no limit": "Höchstens je Konto, in GB; leer heißt keine Grenze",
   "The password is needed once more.": "Das Passwort wird noch einmal gebraucht.",
   "The server": "Der Server",
@@ -26217,8 +26311,10 @@ PAGE_GERMAN = r"""{
   "a name has 1 to 64 characters, none of them / \\ : or a control character": "ein Name hat 1 bis 64 Zeichen, darunter kein / \\ : und kein Steuerzeichen",
   "a password has 10 to 1024 characters": "ein Passwort hat 10 bis 1024 Zeichen",
   "a share ends in the future": "eine Freigabe endet in der Zukunft",
+  "a visitor": "jemandem mit einem Link",
   "added": "hinzugefügt",
   "added {when}": "hinzugefügt {when}",
+  "an administrator took sharing from this account": "Ein Administrator hat diesem Konto das Teilen genommen",
   "and {n} more": "und {n} weitere",
   "another one still has it: rename in two steps": "hat ein anderes noch: in zwei Schritten umbenennen",
   "as it is": "wie bisher",
@@ -26236,8 +26332,6 @@ PAGE_GERMAN = r"""{
   "in the trash": "im Papierkorb",
   "is there already": "gibt es schon",
   "it is back already": "es ist schon zurück",
-  "this is not allowed any more": "das ist nicht mehr erlaubt",
-  "an administrator took sharing from this account": "Ein Administrator hat diesem Konto das Teilen genommen",
   "it may have {n} characters, and no control characters": "es darf {n} Zeichen haben, und keine Steuerzeichen",
   "less than a minute left": "noch weniger als eine Minute",
   "links of this server live {n} days at most": "Links dieses Servers leben höchstens {n} Tage",
@@ -26263,6 +26357,7 @@ PAGE_GERMAN = r"""{
   "there is an account of that name": "ein Konto mit diesem Namen gibt es schon",
   "this account gives {n} shares; end some first": "dieses Konto teilt schon {n}-mal; beende erst etwas davon",
   "this account has 500 devices; revoke some first": "dieses Konto hat 500 Geräte; sperre erst welche",
+  "this is not allowed any more": "das ist nicht mehr erlaubt",
   "this server allows no links": "Dieser Server erlaubt keine Links",
   "this setup link is not valid any more": "dieser Link zum Einrichten gilt nicht mehr",
   "this was a collection": "das war ein Ordner",
@@ -26274,6 +26369,7 @@ PAGE_GERMAN = r"""{
   "with a password": "mit Passwort",
   "with the group {name}": "mit der Gruppe {name}",
   "with {name}": "mit {name}",
+  "you": "dir",
   "{free} of {total}": "{free} von {total}",
   "{how} since": "seither {how}",
   "{name} and {n} more were not sent.": "{name} und {n} weitere wurden nicht gesendet.",
@@ -26346,6 +26442,8 @@ PAGE_GERMAN = r"""{
   "{what} cannot be brought back after this.": "{what} lässt sich danach nicht zurückholen.",
   "{what} copied": "{what} kopiert",
   "{what} deleted": "{what} gelöscht",
+  "{what} is locked": "{what} ist gesperrt",
+  "{what} is not locked any more": "{what} ist nicht mehr gesperrt",
   "{what} is not shared with {name} any more.": "{what} ist nicht mehr mit {name} geteilt.",
   "{what} is shared with {name}.": "{what} ist mit {name} geteilt.",
   "{what} moved": "{what} verschoben",
@@ -26368,6 +26466,7 @@ PAGE_GERMAN = r"""{
   "{who} does not share {what} with you any more.": "{who} teilt {what} nicht mehr mit dir.",
   "{who} emptied the trash": "{who} hat den Papierkorb geleert",
   "{who} ended a share of {what}": "{who} hat eine Freigabe von {what} beendet",
+  "{who} ended the lock of {of} on {what}": "{who} hat die Sperre von {of} auf {what} beendet",
   "{who} ended the share of {what} with {with}": "{who} hat die Freigabe von {what} für {with} beendet",
   "{who} locked {what}": "{who} hat {what} gesperrt",
   "{who} made the account {name}": "{who} hat das Konto {name} angelegt",
@@ -26390,6 +26489,7 @@ PAGE_GERMAN = r"""{
   "{who} took {name} out of {group}": "{who} hat {name} aus der Gruppe {group} genommen",
   "{who} took {what} among their files": "{who} hat {what} zu den eigenen Dateien genommen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
+  "{who} unlocked {what}": "{who} hat {what} entsperrt",
   "{who} uploaded {what}": "{who} hat {what} hochgeladen",
   "{who} wants to share {what} with you.": "{who} möchte {what} mit dir teilen.",
   "“{name}”": "„{name}“",
@@ -27344,8 +27444,8 @@ mark { background: var(--mark); color: var(--text); }
 .ghost { position: absolute; top: -9rem; background: var(--accent); color: var(--on-accent); padding: .4rem .9rem;
   border-radius: 8px; }
 .marks { display: flex; gap: .6rem; margin-right: .75rem; }
-.star, .shared { width: 18px; height: 18px; flex: none; fill: var(--star); }
-.shared { cursor: pointer; fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
+.star, .shared, .locked { width: 18px; height: 18px; flex: none; fill: var(--star); }
+.shared, .locked { cursor: pointer; fill: none; stroke: var(--icon); stroke-width: 2; stroke-linecap: round; }
 .chips { display: flex; flex-wrap: wrap; gap: .4rem; border: 0; padding: 0; margin: 0; min-width: 0; }
 .chips legend { font-weight: 500; padding: 0 0 .25rem; }
 .chips label { border: 1px solid var(--soft); border-radius: 99px; padding: 0 .8rem; line-height: 34px;
@@ -28094,7 +28194,7 @@ function fillList(entries) {
 }
 
 const looks = entry => JSON.stringify(["node", "etag", "path", "mtime", "size", "since", "starred", "linked",
-  "shared_with", "snippet"].map(name => entry[name]));
+  "shared_with", "locks", "snippet"].map(name => entry[name]));
 const same = (a, b) => b && looks(a) === looks(b);
 
 // rows that would look as they do stay: a click that is under way must not lose its target
@@ -28155,7 +28255,8 @@ function makeRow(entry, index) {
       list.editing === entry ? renameField(entry) : entryName(entry),
       entry.since && h("span.tag", {}, t("{how} since", {how: t(HOW[entry.since])})),
       entry.mount && ownerTag(entry.owner),
-      h("span.marks", {}, entry.linked && sign("shared", t("Shared by a link"), CHAIN),
+      h("span.marks", {}, entry.locks && sign("locked", lockWords(entry.locks[0]), LOCK),
+        entry.linked && sign("shared", t("Shared by a link"), CHAIN),
         entry.shared_with && sign("shared", t("Shared with {names}", {names: entry.shared_with.join(", ")}), PEOPLE),
         entry.starred && sign("star", t("Starred"), STAR))),
     list.columns.map(column => h("div." + column, {role: "gridcell"}, cellOf(entry, column))),
@@ -28278,6 +28379,7 @@ function paint(order, things) {
 
 const STAR = "M12 3l3 6 6 1-4 4 1 7-6-3-6 3 1-7-4-4 6-1z";
 const PEOPLE = "M15 20a6 6 0 0 0-12 0M9 11a3 3 0 1 0 0-7 3 3 0 0 0 0 7M21 20a6 6 0 0 0-4-5M16 4a3 3 0 0 1 0 7";
+const LOCK = "M6 11h12v9H6zM8.5 11V7.5a3.5 3.5 0 0 1 7 0V11";
 const CHAIN = "M9 15l6-6M10.5 6.5l2-2a4.5 4.5 0 0 1 7 7l-2 2M13.5 17.5l-2 2a4.5 4.5 0 0 1-7-7l2-2";
 
 const cellOf = (entry, column) => column === "size" ? formatSize(entry.size) : timeElement(entry[column]);
@@ -28391,6 +28493,8 @@ function onRowClick(event, touch) {
   if (event.target.closest(".more")) {
     if (!list.selected.has(entry.node)) pick(index);
     openMenu(event.target.closest(".more"));
+  } else if (event.target.closest(".locked")) {
+    attempt(() => showLocks(entry));
   } else if (event.target.closest(".shared")) {
     attempt(() => sharing(() => openSharing(entry)));
   } else if (event.target.closest(".check")) {
@@ -28700,6 +28804,8 @@ const ACTIONS = [
    when: items => inTree() && !items.every(entry => entry.starred), run: items => star(items, true)},
   {name: "unstar", label: "Remove star", on: "items", keys: "S",
    when: items => inTreeAny(items) && items.every(entry => entry.starred), run: items => star(items, false)},
+  {name: "unlock", label: "End the lock…", on: "items", menu: true,
+   when: items => inTreeOne(items) && items[0].locks?.some(lock => lock.ends), run: ([entry]) => showLocks(entry)},
   {name: "unmount", label: "Remove from my files", on: "items", prime: true, keys: "Delete",
    when: items => inTreeAny(items) && items.every(entry => entry.mount), run: deleteItems},
   {name: "delete", label: "Delete", on: "items", prime: true, keys: "Delete",
@@ -29526,6 +29632,29 @@ async function star(items, starred) {
   await refresh();
 }
 
+// ---- locks that programs hold by WebDAV; one whose program is gone stays until its time is over
+
+const lockWords = ({account, mine, until}, format = formatTime) => t("Locked by {who} until {when}",
+  {who: mine ? t("you") : account || t("a visitor"), when: format(until)});
+
+async function showLocks({path, name}) {
+  const {locks} = await load(path, {limit: 1}), words = {what: quoted(name)};
+  const ending = locks?.filter(lock => lock.ends);
+  const about = lock => [lock.owner && t("Program: {name}", {name: quoted(lock.owner)}),
+    lock.above && t("The lock is on a folder that holds it."),
+    t("Its last sign of life: {when}.", {when: longTime(lock.renewed)})];
+  if (locks && !await sheet(t("{what} is locked", words), close => [
+    locks.map(lock => h("p", {}, lockWords(lock, longTime),
+      about(lock).filter(Boolean).map(text => h("span.soft", {}, h("br"), text)))),
+    h("p", {}, t(ending.length ? "End it only if nobody works on it any more: what a program saves then may be refused."
+      : "Only who holds it and whose files these are can end it.")),
+    buttonsRow(button(t(ending.length ? "Cancel" : "Close"), () => close()), ending.length > 0 &&
+      button(t("End the lock"), () => close(true), {className: "danger"}))])) return;
+  for (const {id} of ending || []) await api("POST", "unlock", {path, lock: id}).catch(unless("not-found"));
+  toast(t("{what} is not locked any more", words));
+  await refresh();
+}
+
 // ---- search: what is looked for stands in the address
 
 const KIND_WORDS = {image: "Images", video: "Videos", audio: "Music", pdf: "PDF", document: "Documents", text: "Texts",
@@ -29622,6 +29751,8 @@ const ACTIVITY = {
   "account-password": "{who} changed the password of {name}",
   sync: "{who} synchronised {what}",
   lock: "{who} locked {what}",
+  unlock: "{who} unlocked {what}",
+  "unlock-of": "{who} ended the lock of {of} on {what}",
   hold: "A device was held: it deletes or overwrites too much",
   allow: "A held device was allowed to go on",
   "account-admin": "{who} changed the rights of {name}",
@@ -29679,7 +29810,7 @@ function stepFilters(devices) {
     h("option", {value: ""}, all), rows.map(([value, words]) => h("option", {value}, words)));
   const day = (name, label) => h("label", {}, label, h("input", {type: "date", name}));
   const form = h("form.limits", {onchange: change}, choose("action", t("What"), t("Everything"),
-      Object.keys(ACTIVITY).filter(name => !/^upload|-with$/.test(name) && ACTIVITY[name].startsWith("{who}"))
+      Object.keys(ACTIVITY).filter(name => !/^upload|-(with|of)$/.test(name) && ACTIVITY[name].startsWith("{who}"))
       .map(name => [name, t(ACTIVITY[name], {who: "", what: "…", to: "…", name: "…", group: "…"})])),
     choose("device", t("Device"), t("All devices"), devices.map(one => [one.name, agentOf(one)])),
     day("after", t("From")), day("until", t("Until")), h("input", {type: "hidden", name: "path"}));
@@ -29717,12 +29848,13 @@ function whatOf({action, detail: {path = "", count}}) {
 }
 
 function stepWords(step, what = whatOf(step)) {
-  const {name: label = "", kind, group = "", with: grantee, new: isNew} = step.detail;
+  const {name: label = "", kind, group = "", with: grantee, new: isNew, of} = step.detail;
   const isUpload = isNew || step.action === "copy" && !step.detail.to;           // or it came from elsewhere
-  const name = isUpload ? "upload" : grantee && step.action + "-with";
+  const name = isUpload ? "upload" : of !== undefined ? "unlock-of" : grantee && step.action + "-with";
   const words = ACTIVITY[name] || ACTIVITY[step.action] || step.action;
   return t(words, {who: step.account || t(step.link ? "A visitor" : "The server"),
-    what, to: quoted(targetOf(step)), name: agentOf({kind, name: label}), with: grantee, group});
+    what, to: quoted(targetOf(step)), name: agentOf({kind, name: label}), with: grantee, group,
+    of: of || t("a visitor")});
 }
 
 // elsewhere: it was not among the files of who looks;  mount: whose files those are, by their name here
@@ -30246,7 +30378,7 @@ function curlFor({path, name, kind}) {
 
 // ---- what others do: changes as they happen, and the brake
 
-let source = null, silent = 0;
+let source = null, silent = 0, marked = false;
 
 function watchServer() {
   if (source) source.close();
@@ -30257,7 +30389,8 @@ function watchServer() {
     awaitNews();
     source.onmessage = event => {
       awaitNews();
-      const {seq} = JSON.parse(event.data);
+      const {seq, marks} = JSON.parse(event.data);
+      marked ||= marks;
       if (seen !== seq) changed();
       seen = seq;
     };
@@ -30282,7 +30415,9 @@ const changed = soon(async () => {
   if (whole || view.kind === "activity" && scrollY < 300) await show();
   if (!inFiles()) return;
   const turn = view.turn, {etag} = await load(view.path, {limit: 1}).catch(absent);
-  if (turn === view.turn && etag !== view.etag) await refresh();
+  if (turn !== view.turn || etag === view.etag && !marked) return;
+  marked = false;
+  await refresh();
 }, 400, true);
 
 // what is open is shown as it is now; what is being edited, played or gone is told of

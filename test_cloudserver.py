@@ -11198,6 +11198,81 @@ def test_the_owner_of_a_home_may_end_every_lock_there(call, cloud, ann, bob):
 
 
 
+OWNER = "<ns0:owner xmlns:ns0='DAV:'><ns0:href> me &amp;\n you</ns0:href></ns0:owner>"
+
+
+def locks_told(answer):
+    return {entry["path"]: [(lock["account"], lock["mine"], lock["ends"], lock["above"]) for lock in entry["locks"]]
+            for entry in [answer, *answer.get("children", answer.get("items", ()))] if "locks" in entry}
+
+
+def test_lists_tell_of_locks_and_who_may_ends_them(api, cloud, ann, people, link):
+    """A19: nobody learns a token, and who may only look ends nothing.  Of what a mount shows, and of what a lock above holds, as of all else."""
+    put(cloud, ann, "d/f", parents=True), put(cloud, ann, "d/c/g", parents=True), put(cloud, ann, "alone"), put(cloud, ann, "d/free")
+    cloud.accounts.update("dan", ann, admin=True), cloud.accounts.update("eve", ann, admin=True)
+    for name, role in ("bob", "edit"), ("cem", "edit"), ("dan", "view"), ("eve", "edit"):
+        give(cloud, ann, "d", name, role=role), give(cloud, ann, "alone", name, role=role)
+    visit = link("d", role="edit")
+    locks = [take_lock(cloud, people.bob, "d/f", owner=OWNER, deep=False, seconds=3600), take_lock(cloud, people.bob, "alone"), take_lock(cloud, people.bob, "d/c"),
+             take_lock(cloud, cloud.sharing.open(cs.Knock(visit.token)), "free")]
+    seen = {"ann": (False, True), "bob": (True, True), "cem": (False, False), "dan": (False, False), "eve": (False, True)}
+    for name, how in seen.items():
+        top, d, c, found = (api("GET", where, user=name, **q) for where, q in (("files/", {}), ("files/d", {}), ("files/d/c", {}), ("search", {"q": "g"})))
+        if name == "ann":
+            assert locks_told(top) == {"alone": [("bob", *how, False)]}
+        mine, ends = how
+        assert locks_told(top)["alone"] == [("bob", mine, ends, False)]
+        assert locks_told(d) == {"d/f": [("bob", mine, ends, False)], "d/c": [("bob", mine, ends, False)], "d/free": [(None, False, name in ("ann", "eve"), False)]}
+        assert locks_told(c) == {"d/c": [("bob", mine, ends, False)], "d/c/g": [("bob", mine, ends, True)]} and locks_told(found) == {"d/c/g": [("bob", mine, ends, True)]}
+        assert not any(lock.token in json.dumps([top, d, c, found]) for lock in locks)
+    (lock,), now = api("GET", "files/d/f", user="cem")["locks"], cloud.clock.wall()
+    assert lock["owner"] == "me & you" and lock["exclusive"] is True
+    assert abs(cs.parse_time(lock["until"]) - now - 3_600_000) < 60_000 and abs(cs.parse_time(lock["renewed"]) - now) < 60_000
+    api("POST", "star", user="bob", paths=["d/f"], starred=True)
+    assert locks_told(api("GET", "starred", user="bob")) == {"d/f": [("bob", True, True, False)]}
+    id = {path: api("GET", "files/" + path)["locks"][0]["id"] for path in ("d/f", "alone", "d/c", "d/free")}
+    end = lambda who, path, lock=None: api("POST", "unlock", user=who, path=path, lock=lock or id[path])
+    assert [end(who, "d/f") for who in ("cem", "dan")] == ["forbidden"] * 2 and end("ann", "d/f", id["alone"]) == end("ann", "d/no", id["d/f"]) == "not-found"
+    assert end("cem", "d/free") == "forbidden" and end("ann", "d/f", locks[0].token) == "not-found"
+    since = cloud.journal.newest(ann, told=True)
+    assert end("ann", "d/f") == end("eve", "d/c/g", id["d/c"]) == end("bob", "alone") == end("ann", "d/free") == 204 and end("ann", "d/f") == "not-found"
+    assert locks_told(api("GET", "files/d")) == {} and cloud.journal.newest(ann, told=True) > since and put(cloud, ann, "d/f", b"2")
+    assert [(step.account, step.action, step.detail) for step in cloud.journal.activity(ann, action="unlock")] == [
+        ("ann", "unlock", {"path": "d/free", "of": None}), ("bob", "unlock", {"path": "alone"}), ("eve", "unlock", {"path": "d/c/g", "of": "bob"}),
+        ("ann", "unlock", {"path": "d/f", "of": "bob"})]
+    assert [step.action for step in cloud.journal.activity(people.cem, path=("d",))].count("unlock") == 3                   # and who sees it, knows
+
+
+def test_a_device_ends_no_lock_that_is_not_its_persons(call, cloud, ann, bob):
+    put(cloud, ann, "d/f", parents=True), give(cloud, ann, "d", "bob", role="edit")
+    node, his, hers = cloud.files.stat(ann, ("d",)).node, take_lock(cloud, bob, "d/f", exclusive=False), take_lock(cloud, ann, "d/f", exclusive=False)
+    whole, limited, reading = (cloud.devices.add_token(ann, name, **how)[1] for name, how in (("a", {}), ("b", {"node": node}), ("c", {"readonly": True})))
+    end = lambda token, path, lock: call("POST", "/api/v1/unlock", {"path": path, "lock": cs.id_of_lock(lock)}, user=None, Authorization="Bearer " + token).status
+    assert end(reading, "d/f", hers) == end(limited, "f", his) == 403 and end(limited, "f", hers) == end(whole, "d/f", his) == 204
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_locks_of_a_list_are_one_question_however_many_there_are(call, cloud, ann, bob, tally, deep):
+    """So are the locks of what others share, in the root."""
+    for n in range(40):
+        put(cloud, ann, "d/%d" % n, parents=True), put(cloud, bob, "%d" % n)
+    def ask():                                           # the second time: what is remembered is looked up anew after a change
+        return [[tally.of(lambda: call("GET", "/api/v1/files/" + path)) for path in ("d", "")] for _ in range(2)][1]
+    give(cloud, bob, "1", "ann", role="edit")
+    none = ask()
+    take_lock(cloud, ann, "d/1", deep=deep), take_lock(cloud, bob, "1", deep=deep)
+    some = ask()
+    for n in range(2, 40):
+        take_lock(cloud, ann, "d/%d" % n, deep=deep), take_lock(cloud, bob, "%d" % n, deep=deep)
+    assert ask() == some and (some == none or deep)
+    assert locks_told(call("GET", "/api/v1/files/").json()) == {"1": [("bob", False, True, False)]}
+
+
+def test_discovery_in_the_root_sees_the_locks_of_what_others_share(call, cloud, ann, bob):
+    put(cloud, ann, "f"), give(cloud, ann, "f", "bob", role="edit"), take_lock(cloud, ann, "f", owner=OWNER)
+    assert b"me &amp;" in call("PROPFIND", "/dav/", None, user="bob", Depth="1").body and b"me &amp;" in call("PROPFIND", "/dav/f", None, user="bob", Depth="0").body
+
+
 @pytest.mark.parametrize("how", ["end", "leave", "decline", "due", "account"])
 @pytest.mark.parametrize("parts", [False, True])
 def test_room_that_was_reserved_by_a_share_is_free_when_that_ends(cloud, ann, bob, how, parts):
@@ -15408,6 +15483,9 @@ def test_events_wake_up_who_listens(address, cloud, ann):
     assert [response.readline() for _ in range(3)][1] == b'data: {"seq":%d}\n' % cloud.journal.newest(ann)
     put(cloud, ann, "a")
     assert response.readline() == b'data: {"seq":%d}\n' % cloud.journal.head()
+    for act in lambda: take_lock(cloud, ann, "a"), lambda: cloud.files.stars.mark(ann, ("a",), on=True):        # no etag tells of it
+        act()
+        assert [response.readline() for _ in range(2)][1] == b'data: {"seq":%d,"marks":true}\n' % cloud.journal.head()
     connection.close()
 
 
@@ -28831,6 +28909,48 @@ def test_browser_marks_what_is_shared_and_how(page, other):
     assert other.run("return document.querySelector('.row .unseen').textContent") == "Shared by " + page.who.name
     assert other.run(marks) == [[], []]
     other.shot("marks-mount")
+
+
+def test_browser_shows_locks_and_ends_them(page, other):
+    """Those of programs that are gone, too; it asks first, and says whose it is.  Who may only look is told whose it is, and no more."""
+    page.put("plan.docx"), page.put("trip/a.odt"), page.put("free.txt")
+    give_to(other, page, "trip", "edit"), give_to(other, page, "plan.docx", "edit")
+    lock = take_lock(page.cloud, other.who, "plan.docx", deep=False, owner="<owner xmlns='DAV:'>Microsoft Office</owner>", seconds=3600)
+    take_lock(page.cloud, page.who, "trip", deep=True, seconds=86400)
+    marks = "return [...document.querySelectorAll('.rows .row')].filter(row => row.querySelector('svg.locked')).map(row => row.querySelector('.label').textContent).sort()"
+    menu = "list.selected.clear(); pick(list.entries.findIndex(entry => entry.name === arguments[0])); return actionsFor('items', selection()).some(one => one.name === 'unlock')"
+    page.open("/"), page.listens()
+    page.wait("return document.querySelectorAll('svg.locked').length === 2")
+    assert page.run(marks) == ["plan.docx", "trip"] and page.run(menu, "plan.docx") and not page.run(menu, "free.txt")
+    assert ("Locked by %s until " % other.who.name) in page.run("return [...document.querySelectorAll('svg.locked title')].map(one => one.textContent).join()")
+    page.shot("locks")
+    page.click("#row2 svg.locked")
+    page.sees("“plan.docx” is locked", "Locked by " + other.who.name, "“Microsoft Office”", "Its last sign of life")
+    page.shot("lock-asked")
+    page.click("Cancel")
+    assert outcome(page.put, "plan.docx") == "locked"
+    page.run("list.selected.clear(); pick(list.entries.findIndex(entry => entry.name === 'plan.docx'))")
+    page.click(".bar .prime[aria-haspopup]")
+    page.click("End the lock…")
+    page.click("End the lock")
+    page.sees("“plan.docx” is not locked any more")
+    page.wait("return document.querySelectorAll('svg.locked').length === 1")
+    assert page.put("plan.docx", b"2") and outcome(page.cloud.files.refresh, other.who, ("plan.docx",), frozenset([lock.token]), 9) == "precondition-failed"
+    other.open("/files/trip")
+    other.wait("return document.querySelector('svg.locked')")
+    assert not other.run(menu, "a.odt")
+    other.run("showLocks(list.entries[0])")
+    other.sees("“a.odt” is locked", "The lock is on a folder that holds it.", "Only who holds it and whose files these are can end it.", "Close")
+    other.size(390, 800, dark=True, touch=True)
+    other.shot("lock-told-phone")
+    other.click("Close")
+    again = take_lock(page.cloud, page.who, "free.txt")              # what programs do meanwhile is seen as it happens
+    page.wait("return document.querySelectorAll('svg.locked').length === 2")
+    page.cloud.files.unlock(page.who, ("free.txt",), again.token)
+    page.wait("return document.querySelectorAll('svg.locked').length === 1")
+    page.walk("/activity")
+    page.sees("ended the lock of %s on" % other.who.name)
+    page.shot("locks-activity")
 
 
 def test_browser_looks_for_room_where_the_files_of_others_are(page, other):
