@@ -178,7 +178,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (Any, BinaryIO, Callable, Collection, Container, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-                    TextIO, Tuple)
+                    TextIO, Tuple, Union)
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 from xml.parsers import expat
 
@@ -2240,6 +2240,17 @@ class Store:
         """Is there an object of that name?"""
         raise NotImplementedError
 
+    def holds(self, name: str, data: bytes | memoryview) -> bool:
+        """Is an object whole, where it is kept, and are these its bytes?  A store elsewhere that sees to its bytes itself may go by
+        how many there are.  raises Away alone: what cannot be read is not whole"""
+        try:
+            with self.get(name) as file:
+                return os.fstat(file.fileno()).st_size == len(data) and has_bytes(file, memoryview(data))
+        except Away:
+            raise
+        except OSError:
+            return False
+
     def delete(self, name: str) -> None:
         """Remove an object, or what is left of one; what is gone already is fine.  Who has it open reads on, or it raises."""
         raise NotImplementedError
@@ -2268,6 +2279,17 @@ class Store:
     def trouble(self) -> str:
         """A sentence while a store elsewhere cannot be used, as far as is known; "" while all is well."""
         return ""
+
+
+def has_bytes(file: BinaryIO, view: memoryview) -> bool:
+    """Does a file, unbuffered and from where it stands, go on with these?"""
+    buffer = bytearray(min(len(view), WRITE_STEP))
+    while view:
+        count = file.readinto(buffer)
+        if not count or buffer[:count] != view[:count]:      # bytes on the left: a view compares one by one
+            return False
+        view = view[count:]
+    return True
 
 
 class Damaged(OSError):
@@ -2320,6 +2342,9 @@ class Directory(Store):
 
     def get(self, name: str) -> BinaryIO:
         return open(os.open(self._place(name), os.O_RDONLY | O_EXTRA), "rb", buffering=0)
+
+    def size(self, name: str) -> int:
+        return os.stat(self._place(name), follow_symlinks=False).st_size
 
     def has(self, name: str) -> bool:
         try:
@@ -2396,9 +2421,12 @@ def use_all_cores() -> None:
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()       # as it was when the program began
 
 
-def known_to_nobody(hash: str) -> bool:
-    """Need a chunk not be stored again?  What a visitor of a link sends always is (D3)."""
-    return False
+Known = Callable[[str], Union[str, None]]        # of a hash: the object that holds such a chunk, if who sends it may know that; None or "" if not
+
+
+def known_to_nobody(hash: str) -> str | None:
+    """What a visitor of a link sends is always stored again (D3)."""
+    return None
 
 
 class Blobs:
@@ -2410,11 +2438,11 @@ class Blobs:
         self.refused = ""                            # why nothing may be put there now
         self.lane = ThreadPoolExecutor(FAR_LANE if store.is_far else 4, thread_name_prefix="bytes", initializer=use_all_cores)
 
-    def put(self, body: Body, known: Callable[[str], bool], digests: Iterable[str] = ()) -> Stored:
+    def put(self, body: Body, known: Known, digests: Iterable[str] = ()) -> Stored:
         """Cut a body into chunks and make them durable.
 
-        known    tells of a hash whether the asking account refers to such a chunk already: those are not
-                 written again; that somebody else has one must make no difference (D3)
+        known    tells of a hash the object of such a chunk, if the asking account refers to it already: where that is
+                 whole nothing is written; that somebody else has one must make no difference (D3)
         digests  names of further checksums to compute on the way: sha1, md5, sha3_256, adler32
         raises   CloudError as the body does, disk-full, storage-failed
         """
@@ -2427,7 +2455,7 @@ class Blobs:
             return self._inline(bytes(buffer[:count]), digests)
         return _Cutting(self, known, digests).run(body, buffer, count)
 
-    def put_bytes(self, data: memoryview, known: Callable[[str], bool]) -> Stored:
+    def put_bytes(self, data: memoryview, known: Known) -> Stored:
         """The same for one chunk that is in memory; the caller waits, so that the memory is free to be used again."""
         return self._inline(bytes(data), ()) if len(data) <= INLINE_LIMIT else _Cutting(self, known, ()).run(Body(data), data, len(data))
 
@@ -2441,11 +2469,31 @@ class Blobs:
         if refused.kind not in UNCERTAIN:
             self.discard("%s-%s" % (hash, stored.tag) for hash, _ in stored.chunks if stored.tag and hash not in stored.relied)
 
+    def has_chunk(self, name: str, size: int) -> bool:
+        """Is there an object of so many bytes?  raises CloudError where that cannot be known"""
+        with storing():
+            try:
+                return self.store.size(name) == size
+            except FileNotFoundError:
+                return False
+
     def discard(self, names: Iterable[str]) -> None:
         """Remove objects that no row names, nor ever will."""
         for name in names:
             with suppress(OSError):
                 self.store.delete(name)
+
+    def keep_chunk(self, hash: str, data: bytes | memoryview, tag: str, known: Known) -> bool:
+        """Have one chunk stored; was it, so that nothing had to be?  It may be damaged, and nobody noticed: so it is looked at while
+        the right bytes are in hand, and a new object takes its place for all who refer to it (CHUNK_ROWS).  raises CloudError"""
+        name = known(hash)
+        if name:
+            with storing():
+                if self.store.holds(name, data):
+                    return True
+            log.error("damaged chunk %s: it came again, and is whole", hash)
+        self.put_chunk(hash, data, tag)
+        return False
 
     def put_chunk(self, hash: str, data: bytes | memoryview, tag: str) -> str:
         """Store one chunk as an object; returns its name.  raises CloudError"""
@@ -2587,7 +2635,7 @@ class Content:
 class _Cutting:
     """One upload larger than a row: receives into one buffer while others are hashed and written in the lane."""
 
-    def __init__(self, blobs: Blobs, known: Callable[[str], bool], digests: Iterable[str]) -> None:
+    def __init__(self, blobs: Blobs, known: Known, digests: Iterable[str]) -> None:
         self.blobs, self.known, self.tag = blobs, known, secrets.token_hex(8)
         self.whole = hashlib.sha256()
         self.digests = {name: new_digest(name) for name in digests}
@@ -2637,11 +2685,8 @@ class _Cutting:
     def _write(self, view: memoryview) -> tuple[str, int]:
         hash = hashlib.sha256(view).hexdigest()
         mine = object()                          # the same bytes may be in several hands at once
-        if self.written.setdefault(hash, mine) is mine:
-            if self.known(hash):
-                self.relied.append(hash)
-            else:
-                self.blobs.put_chunk(hash, view, self.tag)
+        if self.written.setdefault(hash, mine) is mine and self.blobs.keep_chunk(hash, view, self.tag, self.known):
+            self.relied.append(hash)
         return hash, len(view)
 
 
@@ -3061,6 +3106,12 @@ class Bucket(Store):
     def forget(self, name: str) -> None:
         self._key(name)
         self._cache.drop(name)
+
+    def holds(self, name: str, data: bytes | memoryview) -> bool:
+        try:
+            return self.size(name) == len(data)
+        except FileNotFoundError:
+            return False
 
     def size(self, name: str) -> int:
         key = self._key(name)
@@ -3641,11 +3692,10 @@ def put_setting(name: str, value: str) -> Statement:
     return Statement("INSERT INTO setting (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value))
 
 
-CHUNK_ROWS = (  # makes chunks known; one that was given up or found damaged is good again
+CHUNK_ROWS = (  # makes chunks known.  What came last is known to be whole, so it takes the place of what was there, damaged or not: the sweep finds the object
     "INSERT INTO chunk (hash, size, object, at, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (hash) DO "
-    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, "
-    "object = CASE WHEN chunk.bad IS NULL THEN chunk.object ELSE excluded.object END, "
-    "data = CASE WHEN chunk.bad IS NULL THEN chunk.data ELSE excluded.data END WHERE chunk.condemned IS NOT NULL OR chunk.bad IS NOT NULL")
+    "UPDATE SET condemned = NULL, at = excluded.at, bad = NULL, object = excluded.object, data = excluded.data "
+    "WHERE chunk.condemned IS NOT NULL OR chunk.bad IS NOT NULL OR chunk.object IS NOT excluded.object OR chunk.data IS NOT excluded.data")
 
 
 class Line(NamedTuple):
@@ -5956,7 +6006,7 @@ DIALECT = [(re.compile(pattern), words) for pattern, words in (
     (r"\bINTEGER\b", "bigint"), (r"\bBLOB\b", "bytea"), (r"\) WITHOUT ROWID\b", ")"),
     (r"\bchar\(9, 10, 13, 32\)", r"(chr(9) || chr(10) || chr(13) || chr(32))"),
     (r"\blength\(CAST\((\S+) AS bytea\)\)", r"octet_length(\1)"),
-    (r"\bIS NOT (?=[?:])", "IS DISTINCT FROM "),
+    (r"\bIS NOT (?=[?:]|excluded\b)", "IS DISTINCT FROM "),
     (r"((?:\?\d*|:[a-z]\w*)) IS( NOT)? NULL\b", r"CAST(\1 AS text) IS\2 NULL"),
     (r"\bCROSS JOIN (\w+ \w+) ON\b", r"JOIN \1 ON"),
     (r"<< (\S+)", r"<< CAST(\1 AS int)"),
@@ -8674,13 +8724,32 @@ class Contents:
         return {row[0]: StoredChunk._make(row) for some in pieces([manifest for manifest in manifests if manifest[0] != "m"])
                 for row in self.db.read("SELECT " + CHUNK + " FROM chunk h WHERE hash IN (%s)" % marks(some), some)}
 
-    def knows(self, home: int, hash: str) -> bool:
-        """Does this home refer to a chunk already, so that telling its owner so betrays nothing? (D3)"""
-        return bool(self.db.read("SELECT 1 FROM chunk h WHERE h.hash = ? AND h.bad IS NULL AND h.condemned IS NULL AND (" + OWNED + ")", (hash, home, home)))
+    def object_of(self, home: int, hash: str) -> str | None:
+        """The object of a chunk that this home refers to already, so that telling its owner so betrays nothing (D3)."""
+        return next((object for object, in self.db.read(
+            "SELECT h.object FROM chunk h WHERE h.hash = ? AND h.bad IS NULL AND h.condemned IS NULL AND (" + OWNED + ")", (hash, home, home))), None)
 
-    def known_to(self, view: View) -> Callable[[str], bool]:
-        """Tells of chunks whether who writes could read them anyway: those are not stored again, and nobody learns anything by that."""
-        return partial(self.knows, view.home) if view.whole else known_to_nobody
+    def known_to(self, view: View) -> Known:
+        """Tells of chunks that who writes could read anyway: those are not stored again, and nobody learns anything by that."""
+        return partial(self.object_of, view.home) if view.whole else known_to_nobody
+
+    def lacking(self, hashes: Collection[str]) -> set[str]:
+        """Those of some chunks, named by who does not send their bytes, that are damaged or not there, as far as the number of bytes tells; this is noted.
+
+        raises CloudError busy, storage-failed where that cannot be known
+        """
+        whole: set[str] = set()
+        for some in pieces(list(dict.fromkeys(hashes))):
+            rows = self.db.read("SELECT hash, size, object, length(data) FROM chunk WHERE hash IN (" + marks(some) + ") AND bad IS NULL", some)
+            asked = [(hash, object and self.blobs.lane.submit(self.blobs.has_chunk, object, size), size == length) for hash, size, object, length in rows]
+            found = {hash: there.result() if there else is_right for hash, there, is_right in asked}
+            whole.update(hash for hash, is_there in found.items() if is_there)
+            lost = [hash for hash, is_there in found.items() if not is_there]
+            for hash in lost:
+                note_damage(hash)
+            if lost:
+                self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", [(self.clock.wall(), hash) for hash in lost], many=True))
+        return set(hashes) - whole
 
     def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
         """Rows that make stored bytes known: the chunks, if they are new, and the manifest if there are several."""
@@ -13082,6 +13151,13 @@ class Received:
         self.rows: list[tuple[Any, ...]] = []        # for the table chunk
         self.waiting = 0                             # bytes in rows
 
+    def keep(self, blobs: Blobs, hash: str, data: bytes, tag: str, knows: Known, at: int) -> None:
+        """Have a large one stored.  raises CloudError"""
+        if blobs.keep_chunk(hash, data, tag, knows):
+            self.relied.add(hash)
+        else:
+            self.rows.append((hash, len(data), "%s-%s" % (hash, tag), at, None))
+
 
 def land(flying: deque[tuple[Future, int]], size: int) -> None:
     """Wait until no more than so many bytes are still being written."""
@@ -13272,12 +13348,9 @@ class Sync:
                 if received.waiting > FLUSH:
                     land(flying, 0)                  # a row names an object only when that is durable
                     self._flush(who, received)
-            elif knows(hash):
-                received.relied.add(hash)
             else:
                 land(flying, CHUNK_LIMIT - len(data))
-                flying.append((self.tree.blobs.lane.submit(self.tree.blobs.put_chunk, hash, data, tag), len(data)))
-                received.rows.append((hash, len(data), "%s-%s" % (hash, tag), self.clock.due(), None))
+                flying.append((self.tree.blobs.lane.submit(received.keep, self.tree.blobs, hash, data, tag, knows, self.clock.due()), len(data)))
         land(flying, 0)
 
     def _flush(self, who: Principal, received: Received) -> None:
@@ -13331,8 +13404,10 @@ class Sync:
     def _plan_commit(self, plan: Plan, wanted: Commit, received: Received) -> Batch:
         """Decide every step on the tree as the steps before it leave it."""
         who, root, asked = plan.who, plan.now.enter(()), list(map(asked_by, wanted.steps))
-        sending = Sending(plan, received, {**self.known(who, [hash for step in wanted.steps for hash, _ in step.get("chunks") or ()
-                                                              if hash not in received.sizes]), **received.sizes}, {})
+        known = self.known(who, [hash for step in wanted.steps for hash, _ in step.get("chunks") or () if hash not in received.sizes])
+        for hash in self.tree.contents.lacking(known):       # before anybody is told that it is stored
+            del known[hash]
+        sending = Sending(plan, received, {**known, **received.sizes}, {})
         if len(asked) > 1:
             plan.now.look_at([path for one in asked for path in one.paths])
         outcomes = [self._take(sending, *one) for one in asked]
@@ -13683,6 +13758,9 @@ class Uploads:
                             "ORDER BY u.part, u.offset", (upload.id,))
         if not rows:
             return self.tree.blobs.put(Body(b""), known_to_nobody)
+        if self.tree.contents.lacking([hash for hash, _ in rows]):
+            self.db.run(*forget_upload(upload.id))
+            raise CloudError("not-found", "a part that came was damaged since then: it has to be sent anew")
         manifest, head = manifest_of(rows), self.tree.blobs.read(self.tree.contents.chunk(rows[0][0]))[:32]
         return Stored(manifest, sum(size for _, size in rows), manifest if len(rows) == 1 else None, rows, head=head)
 
@@ -20535,9 +20613,7 @@ def heal(cloud: Cloud, healings: Iterable[Healing]) -> int:
         if hashlib.sha256(data).hexdigest() == hash:
             inline = len(data) <= INLINE_LIMIT
             name = None if inline else cloud.blobs.put_chunk(hash, data, secrets.token_hex(8))
-            cloud.db.run(
-                Statement("INSERT INTO chunk (hash, size, at) VALUES (?, ?, ?) ON CONFLICT (hash) DO NOTHING", (hash, size, cloud.clock.due())),
-                Statement("UPDATE chunk SET object = ?, data = ?, bad = NULL WHERE hash = ?", (name, data if inline else None, hash)))
+            cloud.db.run(Statement(CHUNK_ROWS, (hash, size, name, cloud.clock.due(), data if inline else None)))
             healed += 1
     return healed
 
@@ -20660,7 +20736,7 @@ def write_file(place: Path, node: Node, content: Content) -> None:
 def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ...]) -> tuple[int, list[str]]:
     """Store a directory of plain files, with their times; returns (files stored, what could not be).
 
-    What is there already with the same size and time is left.  Links and devices are skipped, and named.
+    What is there already with the same size and time, all of it, is left.  Links and devices are skipped, and named.
     """
     check_outside(cloud.config.data, source)
     progress = Progress("import", sum(size for _, size in scan_files(source, [])))
@@ -20673,7 +20749,8 @@ def import_files(cloud: Cloud, who: Principal, source: Path, into: tuple[str, ..
         try:
             at = place.stat().st_mtime_ns // 1_000_000
             node = cloud.files.find(who, check_path(path))
-            if node is not None and not node.kind and node.size == size and node.mtime == at:
+            if node is not None and not node.kind and node.size == size and node.mtime == at and not cloud.contents.lacking(
+                    [hash for hash, _ in cloud.contents.chunks(node)]):
                 return False
             with open(place, "rb", buffering=0) as file:
                 cloud.files.write(who, path, FileBody(file, size), PARENTS, Announced(check_mtime(at)))
