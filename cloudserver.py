@@ -17417,6 +17417,12 @@ def nc_about(cloud: Cloud) -> dict[str, Any]:
             "extendedSupport": True}     # else Android's app warns of an old server
 
 
+@route("GET", "/204", needs="nothing")
+def nc_reached(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """By this Android's app knows that nobody stands between, before it uploads anything over a wireless network."""
+    return Response(204)
+
+
 def ocs(name: str) -> list[str]:
     """The addresses of a function, in both versions of OCS."""
     return ["/ocs/%s/%s" % (version, name) for version in ("v1.php", "v2.php")]

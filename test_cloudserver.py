@@ -16212,6 +16212,13 @@ def test_nextcloud_discovery(call):
     assert "SEARCH" in call("OPTIONS", "/remote.php/dav", user=None).headers["allow"]
 
 
+def test_android_knows_that_it_has_reached_the_server(call, make_cloud, serve_cloud):
+    """Else it takes the network for walled and uploads nothing: not a byte, and 204, whoever asks."""
+    for one in (call, partial(exchange, serve_cloud(make_cloud(name="new")))):
+        answer = one("GET", "/index.php/204", user=None)
+        assert answer.status == 204 and answer.body == b"" and answer.headers.get("content-length", "0") == "0"
+
+
 def test_a_server_without_accounts_is_not_installed(make_cloud, serve_cloud):
     assert exchange(serve_cloud(make_cloud()), "GET", "/status.php", user=None).json()["installed"] is False
 
