@@ -8080,7 +8080,8 @@ class View(NamedTuple):
 
     def refuse(self) -> None:
         raise CloudError("forbidden", "nobody is logged in" if not self.rights else "this link does not allow that"
-                         if self.who.means == "link" else "this device may only read")
+                         if self.who.means == "link" else "it is not shared with you for that" if self.seq and not self.who.readonly else
+                         "this device may only read")
 
     def need_whole(self) -> None:
         """raises CloudError forbidden if there is more in the home than is seen from here"""
@@ -10320,7 +10321,10 @@ def star_rows(who: Principal, nodes: Iterable[Node], on: bool) -> list[Statement
 def is_star(value: str | None) -> bool:
     """Does this value of STAR, an element, say yes?"""
     found = re.search(">([^<]*)<", value or "")
-    return bool(found) and found[1].strip() in ("1", "yes", "true")
+    return bool(found) and found[1].strip() in TRUE
+
+
+TRUE = ("1", "yes", "true")
 
 
 def raise_shape(home: int) -> Statement:
@@ -17000,7 +17004,12 @@ def format_lock(lock: Lock, who: Principal, root: str) -> Markup:
 
 LOCK_ENTRIES = Markup("".join(E("d:lockentry", E("d:lockscope", E(scope)), E("d:locktype", E("d:write")))
                               for scope in ("d:exclusive", "d:shared")))
-REPORTS = E("d:supported-report", E("d:report", E("d:sync-collection")))
+
+
+def format_reports(names: Iterable[str]) -> Markup:
+    return Markup("".join(E("d:supported-report", E("d:report", E(name))) for name in names))
+
+
 COLLECTION_TYPE = E("d:collection")
 
 CHECKSUMS = "{http://owncloud.org/ns}checksums"
@@ -17016,7 +17025,7 @@ PROPERTIES: dict[str, Reader] = {       # live ones (RFC 4918 s15); a new one is
     "{DAV:}lockdiscovery": lambda node, about: "".join(format_lock(lock, about.who, about.href(*about.lock_root(lock))) for lock in about.locks(node)),
     "{DAV:}quota-used-bytes": lambda node, about: str(about.quota[0] if node.home == about.home else node.size) if node.kind else None,    # RFC 4331
     "{DAV:}quota-available-bytes": lambda node, about: str(about.quota[1] if node.home == about.home else about.room(node.home)) if node.kind else None,
-    "{DAV:}supported-report-set": lambda node, about: REPORTS if node.kind else "",                    # RFC 3253 s3.1.5
+    "{DAV:}supported-report-set": lambda node, about: format_reports(REPORT_KINDS) if node.kind else "",         # RFC 3253 s3.1.5
     "{DAV:}sync-token": lambda node, about: format_sync_token(about.epoch, node.seq, about.tag_at(node.seq)) if node.kind else None,   # RFC 6578 s4
     "{urn:schemas-microsoft-com:}Win32LastModifiedTime": lambda node, about: format_http_date(node.mtime),     # Windows
     CHECKSUMS: lambda node, about: None if node.kind else format_checksums(node, about),
@@ -17875,6 +17884,7 @@ OCM_WORDS = {"share": {SHARE}, "read": {READ}, "write": {CREATE, UPDATE}}
 FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
 NC_PROPERTIES: dict[str, Reader] = {
     **PROPERTIES,
+    "{DAV:}supported-report-set": lambda node, about: format_reports(NC_REPORTS) if node.kind else "",
     "{DAV:}getlastmodified": lambda node, about: format_http_date(max(node.mtime, SECOND)),  # Nextcloud's refuses times before
     OC + "data-fingerprint": lambda node, about: about.epoch,            # changes with a restored backup: nothing is deleted then
     OC + "owner-id": lambda node, about: escape(about.standing(node).owner or about.who.name),
@@ -18142,7 +18152,7 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
 @route("GET", "/core/preview", "/core/preview.png", needs="read")
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
-    asked = dict(parse_pairs(request.query))
+    asked = parse_query(request.query)
     path = read_path(asked["file"]) if "file" in asked else cloud.files.path_of(who, read_file_id(asked.get("fileId", "")))
     return known_thumbnail(request, cloud.pictures.thumbnail(who, path))
 
@@ -18220,7 +18230,6 @@ NC_ROOT = ("remote.php", "dav", "files")
 NC_FILES = Door(NC_ROOT + ("<owner>",), NC_PROPERTIES, frozenset([FAVORITE, LIVE_PHOTO]), NC_REPORTS)
 for _door in NC_FILES, replace(NC_FILES, names=("remote.php", "webdav")):
     open_door(_door, nc_error, NC_HANDLERS)
-TRUE = ("1", "yes", "true")
 
 
 def is_favorite(node: Node, about: About) -> bool:
@@ -18371,8 +18380,8 @@ NC_TRASHED = replace(NC_FILES, properties={**NC_PROPERTIES, **TRASHED})
 NC_TRASH, NC_VERSIONS = "/remote.php/dav/trashbin/<owner>/<path>", "/remote.php/dav/versions/<owner>/<path>"
 
 
-def check_place(path: tuple[str, ...], *first: str) -> None:
-    if path[:len(first)] != first:
+def check_place(path: tuple[str, ...], first: str) -> None:
+    if path[:1] != (first,):
         raise CloudError("not-found", "there is nothing at this address")
 
 

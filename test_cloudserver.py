@@ -15817,6 +15817,24 @@ def test_a_lock_says_where_it_was_taken(call, cloud, ann, bob):
     assert roots(root.body) == ["/dav/"]
 
 
+def test_each_door_tells_which_reports_it_knows(call, cloud, ann):
+    """RFC 3253 s3.1.5"""
+    for door in cs.DOORS:
+        if door.by == "account":
+            root = "/" + "/".join(door.names).replace("<owner>", "ann") + "/"
+            told = propfind(call, root, "d:supported-report-set")[root]["{DAV:}supported-report-set"]
+            assert [report[0].tag for report in told.iterfind("{DAV:}supported-report/{DAV:}report")] == list(door.reports)
+
+
+def test_who_may_not_write_hears_why(call, cloud, ann, bob):
+    put(cloud, bob, "given/f", parents=True), put(cloud, ann, "own")
+    cloud.sharing.share(bob, ("given",), "account", "ann", role="view")
+    _, secret = cloud.devices.add_token(ann, "reader", readonly=True)
+    told = lambda path, **who: cs.read_xml(call("DELETE", path, **who).body).findtext("{http://sabredav.org/ns}message")
+    reader = {"Authorization": "Bearer " + secret}
+    assert "shared" in told("/dav/given/f") and "credentials" in told("/dav/own", **reader) == told("/dav/given/f", **reader)
+
+
 LOCKS_ASKED = "<d:propfind xmlns:d='DAV:'><d:prop><d:lockdiscovery/></d:prop></d:propfind>"
 
 
