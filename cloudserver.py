@@ -9267,9 +9267,10 @@ def decline_mount(plan: Plan, mount: Node) -> Node:
     return end_mount(plan, mount, "declined")
 
 
-BEGUN_THERE = (  # uploads by way of a mount; of those whose place is named at the end all into the same home.  They keep room that is not theirs any more
+BEGUN_THERE = (  # uploads by way of a mount; those whose place is named at the end go with the last one into the same home
     "SELECT u.id FROM upload u JOIN mount m ON m.node = ? AND m.home = u.account WHERE u.done IS NULL AND u.home <> u.account AND (u.root = m.target "
-    "OR u.path IS NULL AND u.home IN (SELECT home FROM share WHERE node = m.target))")
+    "OR u.path IS NULL AND u.home IN (SELECT home FROM share WHERE node = m.target) AND NOT EXISTS (SELECT 1 FROM mount o JOIN share s ON s.node = o.target "
+    "WHERE o.home = m.home AND o.until IS NULL AND o.node <> m.node AND s.home = u.home))")
 
 
 def end_mount(plan: Plan, mount: Node, fate: str) -> Node:
@@ -12541,6 +12542,11 @@ class Sharing:
             raise CloudError("unauthenticated", "this link has another password")
         return share
 
+    def rights_by(self, link: int) -> frozenset[str]:
+        """What visitors of a link may do by now; nothing where it does not stand."""
+        share = self._standing("s.id", link)
+        return rights_named(share.rights) if share else frozenset()
+
     def bytes_left(self, who: Principal) -> int | None:
         """How much a link still takes; None: there is no limit."""
         (left,), = self.db.read("SELECT bytes_most - bytes FROM share WHERE id = ?", (who.share,))
@@ -13643,6 +13649,27 @@ class Uploads:
                         size, mtime, note, 0, now, now + UPLOAD_LIFE, None)
         self.db.run(Statement(PUT_UPLOAD, upload))
         return self._finish_if_whole(who, upload)
+
+    def forget_lost(self, rights_by: Callable[[int], frozenset[str]]) -> None:
+        """Forget uploads that nobody may finish any more: a home holds room for exactly those that somebody may.  So what takes the right
+        away, a lower role, sharing that is switched off, a device that is revoked, need not know of them.
+
+        rights_by   tells what visitors of a link may do
+        """
+        lost = [(id,) for account, id, home, root, path in self.db.each(
+            "SELECT u.account, u.id, u.home, u.root, u.path FROM upload u LEFT JOIN account a ON a.id = u.account WHERE u.done IS NULL AND u.home <> 0 "
+            "AND (u.home <> u.account OR u.root <> a.root) AND (u.account, u.id) > (?, ?) ORDER BY u.account, u.id LIMIT %d" % PIECE, (), (-INTEGERS, ""))
+            if not (rights_by(-account) & {CREATE, UPDATE} if account < 0 else self._may_finish(account, home, root, path is None))]
+        for some in pieces(lost):
+            self.db.run(*(Statement(gone.sql, some, many=True) for gone in forget_upload("")))
+
+    def _may_finish(self, account: int, home: int, root: int, numbered: bool) -> bool:
+        """May an upload into a home of others, or by a device that is limited, be finished by who began it, with some device?"""
+        if home == account:
+            return bool(self.db.read("SELECT 1 FROM device WHERE account = ? AND node = ? AND readonly = 0 LIMIT 1", (account, root)))
+        grants = self.tree.mounts.of(account).values() if self.db.read("SELECT 1 FROM account WHERE id = ? AND removed IS NULL", (account,)) else ()
+        return any(access.rights & {CREATE, UPDATE} for grant in grants if grant.node.home == home and (numbered or grant.node.node == root)
+                   for access in grant.accesses)
 
     def _check_uploads(self, who: Principal) -> None:
         (count,), = self.db.read("SELECT count(*) FROM upload WHERE account = ? AND done IS NULL", (who.person,))
@@ -19166,6 +19193,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
     "reserve": (MINUTE, lambda janitor: janitor.cloud.space.keep_reserve()),
     "crash": (MINUTE, lambda janitor: janitor.upkeep.look_after_crash()),
     "expire": (MINUTE, lambda janitor: janitor.upkeep.expire()),
+    "uploads": (MINUTE, lambda janitor: janitor.cloud.uploads.forget_lost(janitor.cloud.sharing.rights_by)),
     "names": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_names()),
     "contents": (5 * SECOND, lambda janitor: janitor.upkeep.indexing.index_contents()),
     "sums": (5 * SECOND, lambda janitor: janitor.cloud.files.sums.keep()),

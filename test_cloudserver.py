@@ -12191,6 +12191,52 @@ def test_an_upload_under_way_ends_with_what_allowed_it(make_cloud, serve_cloud, 
     audit(cloud)
 
 
+@pytest.mark.parametrize("what", [*ENDS_OF_UPLOADS, "one of two", "nobody shares"])
+def test_room_is_held_for_exactly_the_uploads_that_somebody_may_still_finish(make_cloud, fake, what):
+    """By a member, to a place that is known at once or at the end, by a device that is limited, by visitors; whoever took the right away."""
+    cloud = make_cloud(clock=fake.clock())
+    boss = account(cloud, "boss", admin=True)
+    sender = Sender(cloud, boss, 1)
+    sender.fake, ann, bob, bobs = fake, sender.ann, sender.bob, {}
+    act = ENDS_OF_UPLOADS.get(what, (lambda c, s: c.set_policy(boss, sharing="none") if what == "nobody shares" else c.sharing.end(ann, s.other),))[0]
+    if what in ("one of two", "share view"):
+        put(cloud, ann, "e/f", parents=True)
+        sender.other = give(cloud, ann, "e", bob.name, role="edit")
+    cloud.files.make_collection(bob, ("own",))
+    for name, token in {"laptop": sender.token, "phone": sender.limited, "limited": cloud.devices.add_token(bob, "limited", node=cloud.tree.limit_at(bob, ("own",)))[1]}.items():
+        bobs[name] = lambda token=token: cloud.tree.limited(cloud.credentials.identify("Bearer " + token, "", "127.0.0.1", secure=True))
+    visitor = lambda share, password="": lambda: cloud.sharing.open(cs.Knock(share.token, password))
+    by_link = visitor(sender.link, "another horse" if what == "link password" else "correct horse")
+    begun, size = [], 1000
+    for who, path in [(bobs["laptop"], ("d", "a")), (bobs["laptop"], ("a",)), (bobs["phone"], ("a2",)), (bobs["limited"], ("a",)),
+                      (visitor(sender.link, "correct horse"), ("a3",)), (visitor(sender.onward), ("a4",)), *[(bobs["laptop"], ("e", "a"))] * hasattr(sender, "other")]:
+        size *= 2
+        id = cloud.uploads.create(who(), path, size).id
+        cloud.uploads.append(who(), id, 0, Body(bytes(size - 1)))
+        begun.append((size, by_link if path == ("a3",) else who, lambda who, id=id, at=size - 1: cloud.uploads.append(who, id, at, Body(b"x"))))
+    for name, path in ("p", ("d", "p")), ("q", ("q",)):
+        size *= 2
+        cloud.uploads.begin_parts(bobs["laptop"](), name, size, path)
+        cloud.uploads.put_part(bobs["laptop"](), name, 1, Body(bytes(size)))
+        joined = ("e", "p") if name == "p" and hasattr(sender, "other") else path
+        begun.append((size, bobs["laptop"], lambda who, name=name, path=joined: cloud.uploads.join_parts(who, name, path)))
+    if what == "one of two":
+        act, cloud.sharing.end(ann, sender.share.id)
+    else:
+        act(cloud, sender)
+    while cloud.offers.follow():
+        pass
+    cloud.uploads.forget_lost(cloud.sharing.rights_by)
+    held = sum(map(cloud.space.reserved, [ann.account, bob.account][:1 if what == "member removed" else 2]))          # whose home nobody uses any more
+    visits = by_link, begun[5][1]
+    tried = lambda finish, *ways: any(not isinstance(outcome(lambda: finish(way())), str) for way in ways)
+    kept = [size - (who in visits) for size, who, finish in begun if tried(finish, who, *[lambda: cloud.accounts.principal(bob.name)] * (who not in visits))]
+    assert held == sum(kept), (what, held, kept)
+    if what in ("nothing", "share view", "one of two", "link view"):
+        assert len(kept) == {"nothing": len(begun), "share view": 6, "one of two": 6, "link view": 7}[what]
+    audit(cloud)
+
+
 def test_what_is_under_way_is_asked_for_every_ten_seconds(monkeypatch):
     """Out and in; whatever does not come, or go, is waited for a tick at a time."""
     now, asked = [0], []
