@@ -3426,6 +3426,12 @@ def pieces(rows: Sequence[Any], size: int = PIECE) -> Iterator[list[Any]]:
     return (list(rows[at:at + size]) for at in range(0, len(rows), size))
 
 
+def portions(rows: Iterable[Any], size: int = PIECE) -> Iterator[list[Any]]:
+    """The same of what comes one by one, and is never in memory as a whole."""
+    rows = iter(rows)
+    return iter(lambda: list(itertools.islice(rows, size)), [])
+
+
 def marks(rows: Sequence[Any]) -> str:
     """A parameter for each: "?, ?, ?"."""
     return ", ".join("?" * len(rows))
@@ -13620,6 +13626,15 @@ def way_to(tree: Tree, who: Principal, root: int) -> tuple[str, ...] | None:
     return (grants[root].name,) if root in grants else None
 
 
+def may_finish(tree: Tree, account: int, home: int, root: int, numbered: bool) -> bool:
+    """May an upload into a home of others, or by a device that is limited, be finished by the account that began it, from somewhere?"""
+    if home == account:
+        return bool(tree.db.read("SELECT 1 FROM device WHERE account = ? AND node = ? AND readonly = 0 LIMIT 1", (account, root)))
+    grants = tree.mounts.of(account).values() if tree.db.read("SELECT 1 FROM account WHERE id = ? AND removed IS NULL", (account,)) else ()
+    return any(access.rights & {CREATE, UPDATE} for grant in grants if grant.node.home == home and (numbered or grant.node.node == root)
+               for access in grant.accesses)
+
+
 def check_link(tree: Tree, who: Principal, upload: Upload, size: int) -> None:
     """Does a link still take an upload of this size, beside the others that are under way by it?  raises CloudError"""
     if who.means == "link":
@@ -13659,17 +13674,9 @@ class Uploads:
         lost = [(id,) for account, id, home, root, path in self.db.each(
             "SELECT u.account, u.id, u.home, u.root, u.path FROM upload u LEFT JOIN account a ON a.id = u.account WHERE u.done IS NULL AND u.home <> 0 "
             "AND (u.home <> u.account OR u.root <> a.root) AND (u.account, u.id) > (?, ?) ORDER BY u.account, u.id LIMIT %d" % PIECE, (), (-INTEGERS, ""))
-            if not (rights_by(-account) & {CREATE, UPDATE} if account < 0 else self._may_finish(account, home, root, path is None))]
+            if not (rights_by(-account) & {CREATE, UPDATE} if account < 0 else may_finish(self.tree, account, home, root, path is None))]
         for some in pieces(lost):
             self.db.run(*(Statement(gone.sql, some, many=True) for gone in forget_upload("")))
-
-    def _may_finish(self, account: int, home: int, root: int, numbered: bool) -> bool:
-        """May an upload into a home of others, or by a device that is limited, be finished by who began it, with some device?"""
-        if home == account:
-            return bool(self.db.read("SELECT 1 FROM device WHERE account = ? AND node = ? AND readonly = 0 LIMIT 1", (account, root)))
-        grants = self.tree.mounts.of(account).values() if self.db.read("SELECT 1 FROM account WHERE id = ? AND removed IS NULL", (account,)) else ()
-        return any(access.rights & {CREATE, UPDATE} for grant in grants if grant.node.home == home and (numbered or grant.node.node == root)
-                   for access in grant.accesses)
 
     def _check_uploads(self, who: Principal) -> None:
         (count,), = self.db.read("SELECT count(*) FROM upload WHERE account = ? AND done IS NULL", (who.person,))
@@ -18794,11 +18801,13 @@ class Duty:
     def homes(self) -> list[int]:
         return [home for (home,) in self.db.read("SELECT id FROM account")]
 
-    def write_all(self, rows: list[Any], *statements: str) -> int:
-        """Write the same for each of many rows, some at a time; returns how many there were."""
-        for piece in pieces(rows):
+    def write_all(self, rows: Iterable[Any], *statements: str) -> int:
+        """Write the same for each of many rows, some at a time, as they come; returns how many there were."""
+        count = 0
+        for piece in portions(rows):
             self.write(*(Statement(sql, piece, many=True) for sql in statements))
-        return len(rows)
+            count += len(piece)
+        return count
 
 
 class Thinning(Duty):
@@ -18838,18 +18847,21 @@ class Thinning(Duty):
         """Ended entries (home, since, node, until) that the ladder gives up."""
         ages = self.db.read("SELECT due, seq FROM age ORDER BY seq")
         seqs = [seq for _, seq in ages]
-        last: dict[int, int] = {}                            # the part of the ladder in which a version of a node stays: the newest there
-        for until, since, node, fate, pinned in self.db.each(
-                "SELECT e.until, e.since, e.node, e.fate, p.name IS NOT NULL FROM entry e "
-                "LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
-                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' AND (e.until, e.since, e.node) < (?, ?, ?) "
-                "ORDER BY e.until DESC, e.since DESC, e.node DESC LIMIT %d" % PIECE, (home, cut), (INTEGERS - 1,) * 3):
+
+        def part_of(until: int) -> tuple[int, int] | None:
+            """The part of the ladder in which a version ended, of which the newest one stays; None below the ladder."""
             ended = ages[bisect.bisect_left(seqs, until)][0]             # at the latest
             span = next((span for most, span in LADDER if self.clock.due() - ended <= most), None)
-            part = span and ended // span
-            if fate == "replaced" and (pinned or span and part != last.get(node)):
-                last[node] = part
-            else:
+            return span and (span, ended // span)
+
+        for until, since, node, fate, pinned, newer in self.db.each(
+                "SELECT e.until, e.since, e.node, e.fate, p.name IS NOT NULL, (SELECT n.until FROM entry n WHERE n.node = e.node AND n.home = e.home "
+                "AND n.since >= e.until AND n.until <= ? AND n.fate = 'replaced' ORDER BY n.since LIMIT 1) FROM entry e "
+                "LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev "
+                "WHERE e.home = ? AND e.until <= ? AND e.fate <> 'purged' AND (e.until, e.since, e.node) < (?, ?, ?) "
+                "ORDER BY e.until DESC, e.since DESC, e.node DESC LIMIT %d" % PIECE, (cut, home, cut), (INTEGERS - 1,) * 3):
+            part = part_of(until)
+            if fate != "replaced" or not (pinned or part and (newer is None or part_of(newer) != part)):
                 yield home, since, node, until
 
     def _forget(self, rows: list[tuple[int, int, int, int]]) -> int:
@@ -18942,8 +18954,8 @@ class Sweep(Duty):
         return done
 
     def _sweep_manifests(self, prefix: str) -> int:
-        rows = self.db.read("SELECT id FROM manifest WHERE id >= ? AND id < ? AND NOT EXISTS (SELECT 1 FROM entry "
-                            "WHERE manifest = manifest.id)", ("m" + prefix, "m" + prefix + "g"))
+        rows = self.db.each("SELECT id FROM manifest WHERE id < ? AND NOT EXISTS (SELECT 1 FROM entry WHERE manifest = manifest.id) "
+                            "AND id > ? ORDER BY id LIMIT %d" % PIECE, ("m" + prefix + "g",), ("m" + prefix,))
         return self.write_all(rows, "DELETE FROM manifest WHERE id = ? AND NOT EXISTS (SELECT 1 FROM entry WHERE entry.manifest = manifest.id)",
                               "DELETE FROM manifest_chunk WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = ?1)",
                               "DELETE FROM digest WHERE manifest = ?1 AND NOT EXISTS (SELECT 1 FROM manifest WHERE id = ?1)")
@@ -18951,15 +18963,18 @@ class Sweep(Duty):
     def _condemn(self, prefix: str, now: int, before: int) -> int:
         """Note that nobody refers to chunks, nor sent them ahead, that came before a due time."""
         unwanted = "NOT " + REFERRED + " AND NOT EXISTS (SELECT 1 FROM loose WHERE chunk = chunk.hash AND due > ?)"
-        rows = self.db.read("SELECT hash FROM chunk WHERE hash >= ? AND hash < ? AND condemned IS NULL AND at < ? AND " + unwanted,
-                            (prefix, prefix + "g", before, now))
-        return self.write_all([(now, hash, now) for (hash,) in rows], "UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted)
+        rows = self.db.each("SELECT hash FROM chunk WHERE hash < ? AND condemned IS NULL AND at < ? AND " + unwanted
+                            + " AND hash > ? ORDER BY hash LIMIT %d" % PIECE, (prefix + "g", before, now), (prefix,))
+        return self.write_all(((now, hash, now) for (hash,) in rows), "UPDATE chunk SET condemned = ? WHERE hash = ? AND " + unwanted)
 
     def _bury(self, now: int, before: int, rest: int) -> int:
         """Rows of chunks that were condemned before a due time go, their objects after a rest; one referred to again is acquitted."""
-        rows, done = self.db.read("SELECT hash FROM chunk WHERE condemned < ?", (before,)), 0
-        for piece in pieces(rows):
-            with suppress(Conflict):             # a backup began: what its rows name stays
+        done = 0
+        while True:
+            piece = self.db.read("SELECT hash FROM chunk WHERE condemned < ? LIMIT %d" % PIECE, (before,))
+            if not piece:
+                return done
+            try:
                 self.write(
                     Statement("UPDATE chunk SET condemned = NULL WHERE hash = ? AND " + REFERRED, piece, many=True),
                     Statement("INSERT INTO grave (object, due) SELECT object, ? FROM chunk WHERE hash = ? AND condemned IS NOT NULL "
@@ -18968,28 +18983,27 @@ class Sweep(Duty):
                               "AND condemned IS NOT NULL)", piece, many=True),
                     Statement("DELETE FROM chunk WHERE hash = ? AND condemned IS NOT NULL", piece, many=True),
                     guards=[Statement(IS_HELD, (now,))])
-                done += len(piece)
-        return done
+            except Conflict:                     # a backup began: what its rows name stays
+                return done
+            done += len(piece)
 
     def _find_orphans(self, prefix: str, now: int) -> None:
         """Objects without a row: uploads that broke off, or losers of a race.  They may yet get one."""
-        found = []
-        for name in self.cloud.blobs.store.list(prefix):
-            if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)):
-                found.append((name, now + KEEP_ORPHANS))
-        self.write_all(found, "INSERT INTO grave (object, due) VALUES (?, ?) ON CONFLICT (object) DO NOTHING")
+        found = (name for name in self.cloud.blobs.store.list(prefix)
+                 if not self._is_object(name) and not self.db.read("SELECT 1 FROM grave WHERE object = ?", (name,)))
+        self.write_all(((name, now + KEEP_ORPHANS) for name in found), "INSERT INTO grave (object, due) VALUES (?, ?) ON CONFLICT (object) DO NOTHING")
 
     def _is_object(self, name: str) -> bool:
         return bool(self.db.read("SELECT 1 FROM chunk WHERE hash = ? AND object = ?", (name.lstrip(".")[:64], name)))
 
     def _delete(self, now: int) -> int:
-        rows, left = self.db.read("SELECT object FROM grave WHERE due < ?", (now,)), 0
-        for piece in pieces(rows):
+        count = left = 0
+        for piece in portions(self.db.each("SELECT object FROM grave WHERE due < ? AND object > ? ORDER BY object LIMIT %d" % PIECE, (now,), ("",))):
             kept = [(now + HOUR, name) for (name,) in piece if not self._is_object(name) and not self._unlink(name)]
             self.write(Statement("UPDATE grave SET due = ? WHERE object = ?", kept, many=True),
                        Statement("DELETE FROM grave WHERE object = ? AND due < ?", [(name, now) for (name,) in piece], many=True))
-            left += len(kept)
-        return len(rows) - left
+            count, left = count + len(piece), left + len(kept)
+        return count - left
 
     def _unlink(self, name: str) -> bool:
         """Delete an object; False if it cannot be now: somebody reads it, on Windows.  Another time, then."""
@@ -19091,8 +19105,8 @@ class Indexing(Duty):
 
     def tidy(self) -> None:
         """Drop thumbnails of what is gone; begin the index of contents anew when most of it is about what is gone."""
-        gone = self.db.read("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
-                            "AND home = t.home)")
+        gone = self.db.each("SELECT id FROM thumbnail t WHERE NOT EXISTS (SELECT 1 FROM entry WHERE manifest = t.manifest "
+                            "AND home = t.home) AND id > ? ORDER BY id LIMIT %d" % PIECE, (), (0,))
         self.write_all(gone, "DELETE FROM thumbnail WHERE id = ?")
         stale, known = self.db.read("SELECT coalesce(sum(CASE WHEN EXISTS (SELECT 1 FROM entry e WHERE e.manifest = r.manifest "
                                     "AND e.home = r.home AND until IS NULL) THEN 0 ELSE 1 END), 0), count(*) FROM text_row r")[0]

@@ -17032,6 +17032,55 @@ def test_versions_thin_out_along_the_ladder_and_pinned_ones_stay(aging):
     audit(cloud)
 
 
+def test_what_the_ladder_gives_up_is_what_its_rule_says(aging, rng):
+    """Of what ended in a part of it the newest version stays: told of each by a look at the next one, whatever came between."""
+    cloud, ann, names = aging.cloud, aging.ann, ["a", "b", "c"]
+    for count in range(120):
+        name = rng.choice(names)
+        put(cloud, ann, name, b"%d" % count)
+        if rng.random() < 0.1:
+            cloud.versions.pin(ann, (name,), cloud.versions.list(ann, (name,))[0].rev, "kept")
+        if rng.random() < 0.15:
+            outcome(move, cloud, ann, name, rng.choice(names) + "x"), outcome(cloud.files.delete, ann, (rng.choice(names),))
+        aging.days(rng.choice([0, 0, 1, 2, 20, 90]))
+    ages = cloud.db.read("SELECT due, seq FROM age ORDER BY seq")
+    for cut in sorted(rng.sample([seq for _, seq in ages], 3)):
+        last, gone = {}, []
+        for since, node, until, fate, pinned in cloud.db.read(
+                "SELECT e.since, e.node, e.until, e.fate, p.name IS NOT NULL FROM entry e LEFT JOIN pin p ON p.node = e.node AND p.rev = e.rev WHERE e.home = ? "
+                "AND e.until <= ? AND e.fate <> 'purged' ORDER BY e.until DESC, e.since DESC, e.node DESC", (ann.account, cut)):
+            ended = next(due for due, seq in ages if seq >= until)
+            span = next((span for most, span in cs.LADDER if cloud.clock.due() - ended <= most), None)
+            if fate == "replaced" and (pinned or span and (span, ended // span) != last.get(node)):
+                last[node] = span and (span, ended // span)
+            else:
+                gone.append((ann.account, since, node, until))
+        assert list(aging.upkeep.thinning._thinned(ann.account, cut)) == gone
+    aging.work()
+    audit(cloud)
+
+
+def test_no_work_in_the_background_has_more_in_memory_than_some_rows(aging, asked):
+    cloud, ann, many = aging.cloud, aging.ann, range(1, 1300)
+    put(cloud, ann, "a"), put(cloud, ann, "a", b"other")
+    hashes, (seq,) = ["ab%062x" % n for n in many], cloud.db.read("SELECT max(seq) FROM journal")[0]
+    fill = lambda sql, rows: cloud.db.run(Statement(sql, list(rows), many=True))
+    fill(cs.CHUNK_ROWS, ((hash, 1, hash + "-1" if n % 2 else None, 0, None if n % 2 else b"x") for n, hash in enumerate(hashes)))
+    fill(cs.PUT_MANIFEST, (("m" + hash, 1, None) for hash in hashes))
+    fill(cs.PUT_THUMBNAIL, ((ann.account, hash, b"x") for hash in hashes))
+    fill("INSERT INTO entry (home, since, node, until, parent, name, key, kind, manifest, size, mtime, rev, fate) SELECT home, ?, node, ?, parent, name, key, kind, "
+         "manifest, size, mtime, ?, 'replaced' FROM entry WHERE name = 'a' AND until IS NULL", ((-n - 1, -n, -n) for n in many))
+    aging.days(40)
+    asked.clear()
+    for _ in range(4):
+        aging.work()
+        aging.upkeep.indexing.tidy()
+        aging.days(4)
+    assert max(count for _, count in asked) <= cs.PIECE, [row for row in asked if row[1] > cs.PIECE]
+    assert [cloud.db.read("SELECT count(*) FROM " + table)[0][0] < 3 for table in ("chunk", "manifest", "thumbnail", "grave")] == [True] * 4
+    assert cloud.db.read("SELECT count(*) FROM entry WHERE since < 0")[0][0] < 50
+
+
 def test_a_wrong_clock_sweeps_and_forgets_nothing(aging, fake):
     """R17"""
     cloud, ann = aging.cloud, aging.ann
