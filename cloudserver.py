@@ -20113,15 +20113,25 @@ class Copying:
         self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
         self.known: set[str] | None = None                   # what a store elsewhere has, listed once
 
-    def run(self, source: Store, rows: Iterable[tuple[str, int, str]]) -> None:
-        """Copy what the target lacks of (hash, bytes, name).  raises OSError when the target cannot be written"""
+    def run(self, source: Store, rows: Iterable[tuple[str, int, str]], total: int) -> None:
+        """Copy what the target lacks of (hash, bytes, name), some at a time.  raises OSError when the target cannot be written
+
+        total   bytes of them all
+        """
         if self.target.is_far and self.known is None:
             self.known = set(self.target.list())
         has = self.target.has if self.known is None else self.known.__contains__
-        rows = [row for row in rows if not has(row[2])]
-        progress = Progress("copy", sum(size for _, size, _ in rows))
+        progress = Progress("copy", total)
+
+        def lacking() -> Iterator[tuple[str, int, str]]:
+            for row in rows:
+                if not has(row[2]):
+                    yield row
+                else:
+                    progress.add(row[1])
+
         with ThreadPoolExecutor(COPIED_AT_ONCE) as pool:
-            for some in pieces(rows, 4 * COPIED_AT_ONCE):
+            for some in portions(lacking(), 4 * COPIED_AT_ONCE):
                 for (hash, size, _), wrong in zip(some, pool.map(partial(self._copy, source), some)):
                     if wrong:
                         self.bad[hash] = wrong
@@ -20193,10 +20203,10 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
             prepare_backup(db, to)
             copying = Copying(Directory(to / "objects"))
             copying.target.create()
-            copying.run(cloud.blobs.store, stored_objects(cloud.db))         # most of it, holding nothing
+            copying.run(cloud.blobs.store, stored_objects(cloud.db), *cloud.db.read(OBJECT_BYTES)[0])        # most of it, holding nothing
             db.execute("BEGIN")                                  # IMMEDIATE would keep everybody from writing to the other one, too
             bad, renamed = copy_tables(db)
-            copying.run(cloud.blobs.store, db.execute(OBJECTS))              # and what came meanwhile
+            copying.run(cloud.blobs.store, db.execute(OBJECTS), *db.execute(OBJECT_BYTES).fetchone())        # and what came meanwhile
             keep_older(db, copying, renamed)
             db.execute("COMMIT")
             sync_directory(to)
@@ -20249,6 +20259,7 @@ def sum_holds(now: int) -> list[Statement]:
 
 
 OBJECTS = "SELECT hash, size, object FROM chunk WHERE object IS NOT NULL"
+OBJECT_BYTES = "SELECT coalesce(sum(size), 0) FROM chunk WHERE object IS NOT NULL"
 
 
 def stored_objects(db: Database) -> Iterator[tuple[str, int, str]]:
@@ -20361,7 +20372,7 @@ def restore_backup(source: Path, config: Config) -> list[str]:
         prepare_restored(db, id, place_of(config))
         with Arrival(config, seal, clock_of(db)) if config.database else nullcontext() as arrival:
             take_store(copying.target, config, id)
-            copying.run(Directory(source / "objects"), db.execute(OBJECTS))
+            copying.run(Directory(source / "objects"), db.execute(OBJECTS), *db.execute(OBJECT_BYTES).fetchone())
             if arrival:
                 arrival.fill(db.execute, {"cloud": id, "objects": place_of(config)})
                 arrival.open()
@@ -21126,7 +21137,7 @@ class Move:
 
     def _copy_objects(self) -> None:
         if not self.stays:
-            self.copying.run(self.cloud.blobs.store, stored_objects(self.cloud.db))
+            self.copying.run(self.cloud.blobs.store, stored_objects(self.cloud.db), *self.cloud.db.read(OBJECT_BYTES)[0])
 
     def _hand_over(self, arrival: Arrival, seal: Seal | None) -> list[str]:
         """Seal the source, bring what is left, and open the target; returns what is damaged.  raises CloudError, and then it is given back"""

@@ -17455,6 +17455,28 @@ def test_a_chunk_damaged_in_mid_file_cuts_the_answer(cloud, ann, address, serve_
     assert b"200 OK" in received and len(received) < len(data)
 
 
+def test_objects_are_copied_as_they_are_told_of(tmp_path, monkeypatch):
+    """So that their number takes no memory; those that are there already are not read."""
+    monkeypatch.setattr(cs, "sync_file", lambda fd: None)
+    source, target, told, read = cs.Directory(tmp_path / "source"), cs.Directory(tmp_path / "target"), [], []
+    source.create(), target.create()
+    datas = [b"%d" % n for n in range(60)]
+    for n, data in enumerate(datas):
+        source.put(object_name(data), data)
+        if n % 3 == 0:
+            target.put(object_name(data), data)
+
+    def rows():
+        for data in datas:
+            told.append(data)
+            yield hashlib.sha256(data).hexdigest(), len(data), object_name(data)
+    monkeypatch.setattr(cs, "read_object", lambda *which, really=cs.read_object: (read.append(len(told)), really(*which))[1])
+    copying = cs.Copying(target)
+    copying.run(source, rows(), sum(map(len, datas)))
+    assert copying.count == len(read) == 40 and sorted(target.list()) == sorted(map(object_name, datas))
+    assert all(ahead - 1.5 * count <= 6 * cs.COPIED_AT_ONCE for count, ahead in enumerate(read)) and told == datas
+
+
 def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
     """R28, R29: the restore drill"""
     cloud = make_cloud()
