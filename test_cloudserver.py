@@ -22521,7 +22521,7 @@ def test_whatever_stood_where_something_shared_arrives_both_sides_end_alike(lapt
             put(cloud, ann, "old/" + file_of(name), "old " + name, parents=True)
             shares[name] = give("old/" + name)
         if how == "renamed":
-            taken = name in tree(cloud, bob)
+            taken = name in listed(cloud, bob)
             give("in/" + name)
             move(cloud, bob, name + " (ann)" * taken, "before " + name)
     one.run()
@@ -22530,7 +22530,7 @@ def test_whatever_stood_where_something_shared_arrives_both_sides_end_alike(lapt
             move(cloud, bob, name, "now " + name)
         elif name.startswith("ended"):
             cloud.sharing.end(ann, shares[name])
-        elif name in tree(cloud, bob):
+        elif name in listed(cloud, bob):
             cloud.files.delete(bob, (name,))
         if "private" in name or "edited" in name:
             one.write(file_of(name), "mine " + name)
