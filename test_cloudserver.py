@@ -29464,7 +29464,7 @@ def test_browser_visits_a_folder_by_a_link(page):
     page.click("Select notes.txt")
     page.shot("visit-list")
     page.click("Download chosen")
-    archive = eventually(lambda: next(page.downloads.glob("trip*.zip"), None), seconds=20)
+    archive = eventually(lambda: next(page.downloads.glob("trip*.zip"), None))
     with zipfile.ZipFile(archive) as found:
         assert sorted(found.namelist()) == ["notes.txt", "pic 0.png"]
     archive.unlink()
@@ -29489,7 +29489,7 @@ def test_browser_shows_nothing_by_itself_where_downloads_are_counted(page):
     share, = (given.share for given in page.cloud.sharing.all(page.who))
     assert share.used == 0
     page.click("pic 1.png")
-    eventually(lambda: next(page.downloads.glob("pic 1.png"), None), seconds=20).unlink()
+    eventually(lambda: next(page.downloads.glob("pic 1.png"), None)).unlink()
     page.go(address + "/#pic%203.png")
     page.sees("1 download is left.")
     assert not page.run("return document.querySelector('dialog')") and page.cloud.sharing.get(page.who, share.id).share.used == 1
@@ -29507,7 +29507,7 @@ def test_browser_sends_files_by_a_request(page, tmp_path):
     page.sees("Photos, please", "seen by nobody but")
     page.misses("secret")
     page.file(*(tmp_path / name for name in ("small.txt", "large.bin", "empty.txt")))
-    page.sees("3 files have arrived. Thank you.", seconds=30)
+    page.sees("3 files have arrived. Thank you.")
     page.shot("visit-drop")
     page.file(tmp_path / "small.txt")
     page.sees("1 file has arrived. Thank you.")
@@ -29543,7 +29543,7 @@ def test_browser_adds_to_a_folder_by_a_link(page, tmp_path):
     page.sees("An upload was broken off", "big.bin", "80 % are there")
     page.shot("visit-broken")
     page.file(tmp_path / "big.bin")
-    page.sees("1 file has arrived.", seconds=30)
+    page.sees("1 file has arrived.")
     assert page.get("box/big.bin") == bytes(20 * MiB)
 
 
@@ -29609,7 +29609,7 @@ def test_browser_visits_one_file_by_a_link(page, name, data, there):
     assert page.run("return !document.querySelector('.shown').hidden") == bool(there)
     page.shot("visit-" + name)
     page.click("Download")
-    saved = eventually(lambda: next(page.downloads.glob(name), None), seconds=20)
+    saved = eventually(lambda: next(page.downloads.glob(name), None))
     eventually(lambda: saved.read_bytes() == page.get(name))
     saved.unlink()
 
