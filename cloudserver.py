@@ -1019,7 +1019,7 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
 # ---- fields of WebDAV (RFC 4918 s10)
 
 _BARE_TOKEN = r"(?:urn:uuid|opaquelocktoken):[0-9A-Za-z:.\-]{1,256}"         # webdav 5 for JavaScript, to refresh a lock
-_IF_PART = re.compile(r'\s*(?:<([^<>"\s]{1,4096})>|(\()|(\))|(Not)(?=[\s<\[])|\[((?:W/)?"[^"\s]{0,256}")\])', re.I)
+_IF_PART = re.compile(r'\s*(?:<([^<>"\x00-\x1f]{1,4096})>|(\()|(\))|(Not)(?=[\s<\[])|\[((?:W/)?"[^"\s]{0,256}")\])', re.I)
 
 
 def parse_depth(text: str | None, default: str) -> str:
@@ -13839,34 +13839,32 @@ class Uploads:
     # ---- uploads in numbered parts: in any order, in parallel, joined at the end
 
     def begin_parts(self, who: Principal, name: str, size: int | None = None, path: tuple[str, ...] | None = None, *,
-                    again: bool = False) -> None:
+                    again: bool = False, note: str = "") -> None:
         """Announce a file that will come in numbered parts, under a name of the client's choice.
 
         size, path   of the whole, if the client says so now: what can be refused then is
         again        an upload of that name that is under way will do
+        note         that is under way will do, too, if it was begun with this one
         raises       CloudError exists, over-quota, too-large, and as write
         """
-        view = view_of(who)
+        view, id, now = view_of(who), parts_id(who, name), self.clock.due()
         view.need(CREATE, UPDATE)
-        if again and self.db.read(PARTS_OPEN, (parts_id(who, name), self.clock.due())):
+
+        def is_begun() -> bool:
+            rows = self.db.read("SELECT note FROM upload WHERE id = ? AND done IS NULL AND due > ?", (id, now))
+            if rows and not (again or note and rows[0][0] == note):
+                raise CloudError("exists", "an upload of this name is under way")
+            return bool(rows)
+
+        if is_begun():
             return
         place = self.tree.enter(who, ()) if path is None else Plan(self.tree, who).place_for_file(path, ANY, size or 0)
         home = 0 if path is None and place.mounts else place.view.home
         place = place if home else without_place(place)
         self._check_parts(place, size or 0, size or 0)
         self._check_uploads(who)
-        now = self.clock.due()
-        upload = Upload(parts_id(who, name), home, who.person, view.top, None, "{}", size, None, "", 0, now,
-                        now + UPLOAD_LIFE, None)
-
-        def attempt() -> Batch:
-            if self.db.read(PARTS_OPEN, (upload.id, now)):
-                if again:
-                    return Batch([])
-                raise CloudError("exists", "an upload of this name is under way")
-            return Batch([*forget_upload(upload.id), Statement(PUT_UPLOAD, upload)], [Statement(PARTS_OPEN, (upload.id, now))])
-
-        self.db.write(attempt)
+        upload = Upload(id, home, who.person, view.top, None, "{}", size, None, note, 0, now, now + UPLOAD_LIFE, None)
+        self.db.write(lambda: Batch([]) if is_begun() else Batch([*forget_upload(id), Statement(PUT_UPLOAD, upload)], [Statement(PARTS_OPEN, (id, now))]))
 
     def _check_parts(self, place: Place, growth: int, size: int) -> None:
         """Refuse parts that no file could be made of: all uploads of an account together fit into its quota."""
@@ -16807,8 +16805,9 @@ _USERINFO = r"(?i)\A(https?://)[^/?#]*@"
 def read_resource(request: Request, uri: str) -> tuple[str, ...]:
     """The path that a URI in a field names.  raises CloudError bad-gateway for one on another server
 
-    What stands before an @ is dropped: git push sends the name and password of its own address along.
+    What stands before an @ is dropped: git push sends the name and password of its own address along.  What is not encoded is taken as it is.
     """
+    uri = uri if uri.isascii() else quote(uri.encode("latin-1"), safe="/:%?=&+~!$'()*,;@[]")
     authority, path, _, _ = parse_target(re.sub(_USERINFO, r"\1", uri, count=1))
     if authority and authority.lower() != request.fields["host"].lower() and not request.site.knows(authority):
         raise CloudError("bad-gateway", "the destination is on another server")
@@ -16829,8 +16828,7 @@ def read_resource(request: Request, uri: str) -> tuple[str, ...]:
 def read_destination(request: Request) -> tuple[str, ...]:
     if "destination" not in request.fields:
         raise CloudError("bad-request", "Destination is missing")
-    uri = request.fields["destination"]
-    return read_resource(request, uri if uri.isascii() else quote(uri.encode("latin-1"), safe="/:%?=&+~!$'()*,;@[]"))
+    return read_resource(request, request.fields["destination"])
 
 
 def read_body(request: Request) -> ET.Element | None:
@@ -17969,12 +17967,18 @@ def done_once(handler: Callable[..., Response]) -> Callable[..., Response]:
     repeated MOVE that found nothing any more would leave Nextcloud's client with a damaged journal.
     """
     def enter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
-        if not re.fullmatch(r"[0-9A-Fa-f-]{32,36}", request.fields.get("x-request-id", "")):
+        if not request_id(request):
             return handler(cloud, who, request, path)
         op = sha256_text("\n".join([str(who.account), str(who.root), request.method, *path, *(
             request.fields.get(name, "") for name in SAME_REQUEST)]))
         return cloud.once(op, who, lambda acting: handler(cloud, acting, request, path)) or nc_again(cloud, who, request, path, op)
     return enter
+
+
+def request_id(request: Request) -> str:
+    """By which a request says that it is one that came before; "" if it does not say."""
+    found = re.fullmatch(r"[0-9A-Fa-f-]{32,36}", request.fields.get("x-request-id", ""))
+    return found[0] if found else ""
 
 
 SAME_REQUEST = ("x-request-id", "destination", "overwrite", "if", "if-match", "content-length", "oc-checksum", "x-oc-mtime")
@@ -18053,7 +18057,7 @@ def nc_begin(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     if len(path) != 1:
         raise CloudError("conflict", "an upload is one folder")
     cloud.uploads.begin_parts(who, path[0], read_number(request, "oc-total-length"),
-                      read_destination(request) if "destination" in request.fields else None)
+                              read_destination(request) if "destination" in request.fields else None, note=request_id(request))
     return Response(201)
 
 

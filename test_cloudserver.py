@@ -16527,6 +16527,7 @@ def test_a_repeated_request_is_answered_but_not_done_again(call, cloud, ann):
     assert [call("MKCOL", FILES + "/d", **again).status for _ in "12"] == [201, 201]
     assert [call("DELETE", FILES + "/d", **again).status for _ in "12"] == [204, 204] and call("DELETE", FILES + "/d").status == 404
     assert [call("PUT", FILES + "/e", b"1", X_Request_ID="proxy").status for _ in "12"] == [201, 204]     # not one of a client
+    assert [call("MKCOL", UPLOADS + "9", OC_Total_Length="5", **how).status for how in (again, again, {}, {"X_Request_ID": "0" * 32})] == [201, 201, 405, 405]
 
 
 CHUNK_NAMES = [  # as each client names its chunks
@@ -16570,6 +16571,12 @@ def test_chunks_that_cannot_be(call, cloud, ann):
     assert call("MOVE", UPLOADS + "5/.file", Destination=FILES + "/a", If="<%s> (<%s>)" % (FILES, lock.token)).status == 201
     assert call("DELETE", UPLOADS + "5").status == 404 and tree(cloud, ann) == {"a": b""}
     cloud.files.unlock(ann, (), lock.token)
+    node = put(cloud, ann, "\u00fc b", b"")                 # desktop clients of 2018 named what they replace as it is
+    for etag, want in (("no", 412), (node.etag, 204)):
+        call("MKCOL", UPLOADS + "8"), call("PUT", UPLOADS + "8/1", b"x")
+        given = ("<%s/\u00fc b> ([\"%s\"])" % (FILES, etag)).encode().decode("latin-1")
+        assert call("MOVE", UPLOADS + "8/.file", Destination=FILES + "/%C3%BC%20b", If=given).status == want
+        call("DELETE", UPLOADS + "8")
     call("MKCOL", UPLOADS + "7"), call("PUT", UPLOADS + "7/00001", b"x"), call("PUT", UPLOADS + "7/00002", b"yz")
     assert call("MOVE", UPLOADS + "7/.file", Destination=FILES + "/a", Overwrite="F").status == 412 and get(cloud, ann, "a") == b""
     assert list(propfind(call, UPLOADS + "7/00002", depth="1")) == [UPLOADS + "7/2"] and call("PROPFIND", UPLOADS + "7/00003", b"").status == 404
