@@ -4969,6 +4969,16 @@ class Duplex:
             self._waits = waits
         return bool(self._ready.select(seconds))
 
+    def is_silent(self) -> bool:
+        """Is it open, with nothing come that was not read?  Any thread may ask."""
+        try:
+            socket.socket.recv(self._sock, 1, socket.MSG_PEEK)           # of TLS, too, what comes is to be seen
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def close(self) -> None:
         self._ready.close()
         self._sock.close()
@@ -5465,6 +5475,10 @@ class Wire:
             self._exchange(bytearray(), False, take_aside)
         return [self._heard.popleft() for _ in range(len(self._heard))]
 
+    def is_silent(self) -> bool:
+        """Did the server say nothing that was not heard yet, not even that it ends?  Any thread may ask."""
+        return self._duplex.is_silent()
+
     def cancel(self) -> None:
         """Ask the server to give up what is under way here; any thread may, and it may come too late."""
         with suppress(PgLost, CloudError, OSError), closing(reach_host(self.address, self.host, PG_CONNECT)) as sock:
@@ -5786,6 +5800,10 @@ class Lead:
             if early > 0:
                 time.sleep(early)
 
+    def until(self) -> float:
+        """How long, by time.monotonic, that counts what all hosts said."""
+        return min((peer.until for peer in self._peers), default=math.inf)
+
     def figures(self) -> dict[str, int]:
         """How many hosts there are, and how many of them said that they are the primary; 1 where nobody asks, as there is one host."""
         return {"database_hosts": len(self._others), "database_primaries": sum(peer.history[1] >= 0 for peer in self._peers) if self._peers else 1}
@@ -5901,7 +5919,7 @@ class Questions(Turns):
         """confirm  as of Readers"""
         super().__init__()
         self._connect, self._confirm = connect, confirm
-        self._wire: Wire | None = None
+        self.wire: Wire | None = None            # whoever looks at it may, but not ask
         self._forgotten, self._asked = False, 0
 
     def ask(self, statement: Bound, ahead: Sequence[Prefetch] = ()) -> list[tuple[Any, ...]]:
@@ -5916,14 +5934,14 @@ class Questions(Turns):
     def _transact(self, group: list[_Ticket]) -> None:
         if self._forgotten:
             self.close()
-        if self._wire is None or self._wire.broken:
-            self._wire = self._connect()
+        if self.wire is None or self.wire.broken:
+            self.wire = self._connect()
         self._asked += 1
         parts = [[said] for ticket in group for said in ticket.said]
         if self._asked & (self._asked - 1) == 0:             # now and then, as tables grow: what is a good way depends on that
             parts.append([DISCARD_PLANS])
-        answered = self._wire.pipeline(parts)
-        self._confirm(self._wire)
+        answered = self.wire.pipeline(parts)
+        self._confirm(self.wire)
         results = itertools.chain(*answered)
         for ticket in group:
             ticket.said = list(itertools.islice(results, len(ticket.said)))
@@ -5934,8 +5952,8 @@ class Questions(Turns):
 
     def close(self) -> None:
         self._forgotten = False
-        if self._wire:
-            self._wire.close()
+        if self.wire:
+            self.wire.close()
 
 
 # ---- all hosts looked at
@@ -6279,9 +6297,13 @@ COPY_TYPES: dict[str, Callable[[bytes], Any]] = {
 #    committed, and its row tells the first seq; else it never can be, and is sent again.
 # 3. What is remembered is confirmed by one look at the groups since the last one that is known: each tells what it touched, in its
 #    own transaction, and its number is drawn under the lock.  Another history, or one too long to be looked through, forgets all.
+#    Where many look and nobody writes a lease takes the place of looks: a lock for which whoever commits has to wait (ReadLease).
 # 4. All read from the primary (room Primary).  One connection for each process writes, one listens, one asks what is soon answered, a bounded number reads.
 # 5. due() is the furthest of all processes, in one row; wall() is the database's, whatever clocks of servers say, and counts for due()
 #    only after none of them was alive.
+
+COMMITS, ALIVE, AHEAD, LEASE = range(0x636C6F75, 0x636C6F79)         # locks of the database: who commits; of every process as long as it lives; of bytes
+                                                 # that go ahead of their batch; of who reads without a look, shared, and of who commits, exclusive
 
 CLUSTER_SCHEMA = """
 CREATE TABLE version (number INTEGER NOT NULL);                       -- of SCHEMA and MIGRATIONS: the one reached
@@ -6319,9 +6341,12 @@ CREATE TABLE name_words (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE text_words (id INTEGER PRIMARY KEY, words tsvector NOT NULL);
 CREATE INDEX text_words_words ON text_words USING gin (words);
 """
-CLUSTER_STEPS = [ENGINE_1, ENGINE_2]              # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
+ENGINE_3 = """
+ALTER TABLE commit_group ADD COLUMN alone INTEGER;                    -- filled by itself, whichever version commits: that waits until nobody has a lease
+ALTER TABLE commit_group ALTER COLUMN alone SET DEFAULT length(CAST(pg_advisory_xact_lock(%d) AS text));
+""" % LEASE
+CLUSTER_STEPS = [ENGINE_1, ENGINE_2, ENGINE_3]              # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
 
-COMMITS, ALIVE, AHEAD = 0x636C6F75, 0x636C6F76, 0x636C6F77       # locks of the database: who commits; of every process as long as it lives; of bytes
 CHANNEL = "cloudserver"                          # ... on which commits are told
 COMPANY = 10                                     # groups for which it counts that others had the lock
 HEAR = 5                                         # seconds after which a waiter looks although nothing was heard,
@@ -6420,6 +6445,7 @@ class ClusterWriter(Writer):
         self._wire: Wire | None = None
         self._others = 0                         # groups for which others are believed to commit as well
         self._begun: Wire | None = None          # where a transaction has the lock before its group is known
+        self._sent = -math.inf                   # when a group was sent last
 
     def commit(self, batch: Batch) -> None:
         for left in 2, 1, 0:
@@ -6571,8 +6597,12 @@ class ClusterWriter(Writer):
 
         raises  PgLost, and PgError that takes them all
         """
-        head = self._begin(id, group)
-        results, _ = self.wire().pipeline([[*head, *itertools.chain(*(ticket.said for ticket in group)), COMMIT], [TELL]])
+        head, parts, now = self._begin(id, group), [], time.monotonic()
+        if now > self._sent + QUIET:             # somebody may have a lease, and gives it back at once when told
+            parts.append([TELL])
+        parts += [[*head, *itertools.chain(*(ticket.said for ticket in group)), COMMIT], [TELL]]
+        self._sent = now
+        *_, results, _ = self.wire().pipeline(parts)
         failed = next((at for at, result in enumerate(results) if result.error), None)
         if failed is None:
             return self._committed(results[-1], results[:len(head)])
@@ -6668,6 +6698,15 @@ def check_commit(end: Result) -> None:
 
 TOUCHED_MOST = 500                                  # groups that are looked through; after more of them all is forgotten
 TOUCHED_SINCE = "SELECT number, id, touched FROM commit_group WHERE number >= ? ORDER BY number LIMIT %d" % TOUCHED_MOST
+QUIET = 0.5                                         # seconds without a commit after which a lease may be asked for,
+LEASE_LOOKS = 30                                    # ... and looks within a second
+LEASE_TIME, LEASE_TICK = 0.5, 0.1                   # seconds for which it counts that the database said it stood, and between two such words
+LEASING = 2000                                      # ms after which the database ends who has it and asks nothing
+GET_LEASE = "SELECT pg_try_advisory_lock_shared(%d), set_config('idle_session_timeout', '%d', false)" % (LEASE, LEASING)
+GIVE_LEASE = "SELECT pg_advisory_unlock_shared(%d), set_config('idle_session_timeout', '0', false)" % LEASE
+DOES_LEASE_STAND = (  # is it ours, and does nobody wait for it?
+    "SELECT coalesce(bool_and(l.granted) AND bool_or(l.pid = pg_backend_pid()), false) FROM pg_locks l JOIN pg_database d ON d.oid = l.database "
+    "WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.objid = %d" % LEASE)
 TOUCHED_LAST = "SELECT number, id FROM commit_group WHERE number IS NOT NULL ORDER BY number DESC LIMIT 1"
 
 
@@ -6693,6 +6732,7 @@ class Touched(Turns):
         self.words = array("Q", bytes(8 * (2 + TRACKS)))
         self._read = read
         self._last = 0, ""                       # the last group that is known, (number, id): the id tells whether history is still the same; or none
+        self.changed = -math.inf                 # when it was learned that something had been touched, by time.monotonic
 
     def confirm(self, ahead: Prefetch | None = None) -> None:
         """Learn what was touched by all groups that were acknowledged before.  raises CloudError"""
@@ -6717,16 +6757,106 @@ class Touched(Turns):
         count = self.words[0] + 2
         for track in (1,) if touched is None else struct.unpack("<%dH" % (len(touched) // 2), touched):
             self.words[track] = count
-        self.words[0] = count
+        self.words[0], self.changed = count, time.monotonic()
+
+
+class ReadLease:
+    """Leave to believe what is remembered without a look (invariant 3): a shared lock, for which whoever commits has to wait.
+
+    It is asked for where many look and nobody writes, and given back as soon as somebody wants to commit.  Who holds it counts on it only for
+    LEASE_TIME after the database said that it stood; if it was not heard of for longer than LEASING, the database ends it.
+    """
+
+    def __init__(self, look: Callable[[str], list[tuple[Any, ...]]], questions: Questions, lead: Lead, touched: Touched) -> None:
+        """look  rows of a SELECT, by the connection of questions, which holds the lock"""
+        self._ask, self._questions, self._lead, self._touched = look, questions, lead, touched
+        self._wire: Wire | None = None           # that, when it was last known to stand
+        self._until, self._again, self._used = 0.0, 0.0, 0.0         # until when it counts, when it is asked again whether it stands; when it was used last
+        self._counted, self._looks, self._tried = 0.0, 0, -math.inf          # looks since a moment; when it was asked for last
+        self._turn, self._held, self._wanted = threading.Lock(), False, False        # _turn: of who changes these, and asks; does somebody want to commit?
+
+    def confirm(self, ahead: Prefetch | None = None) -> None:
+        """As of Touched, without a look where that is not needed.  raises CloudError"""
+        now = time.monotonic()
+        if now < self._until and self._wire is self._questions.wire and self._wire.is_silent():
+            self._used = now
+            if now < self._again or self._do(partial(self._renew, now)) is not False:
+                return
+        self._touched.confirm(ahead)
+        if not self._held and self._is_worth_it(now):
+            self._do(self._get)
+
+    def give_back(self) -> None:
+        """Somebody wants to commit, or it is not used any more."""
+        self._wanted = True
+        if self._held:
+            with suppress(CloudError):
+                self._do(self._end)
+
+    def close(self) -> None:
+        """It goes with its connection."""
+        self._until, self._held = 0.0, False
+
+    def _do(self, what: Callable[[], bool | None]) -> bool | None:
+        """... unless another thread does something of this kind; who wants to commit is seen by that one, too."""
+        if not self._turn.acquire(blocking=False):
+            return None
+        try:
+            return what()
+        finally:
+            self._turn.release()
+
+    def _is_worth_it(self, now: float) -> bool:
+        if now > self._counted + 1:
+            self._counted, self._looks = now, 0
+        self._looks += 1
+        return self._looks >= LEASE_LOOKS and now > max(self._tried, self._touched.changed) + QUIET
+
+    def _get(self) -> None:
+        """raises CloudError"""
+        self._tried = self._used = time.monotonic()
+        self._wanted = False
+        (self._held, _), = self._ask(GET_LEASE)
+        if self._held:
+            self._touched.confirm()              # after that nothing can come
+            if self._renew(time.monotonic()):
+                threading.Thread(target=self._watch, name="lease", daemon=True).start()
+
+    def _renew(self, now: float) -> bool:
+        """Does it still stand?  raises CloudError"""
+        wire = self._questions.wire              # if that breaks meanwhile, it is not the one that is asked, nor any later one
+        (stands,), = self._ask(DOES_LEASE_STAND)
+        if not stands or self._wanted or now < self._touched.changed + QUIET:
+            self._end()
+            return False
+        self._wire, self._again, self._until = wire, now + LEASE_TICK, min(now + LEASE_TIME, self._lead.until())
+        return True
+
+    def _end(self) -> None:
+        """raises CloudError"""
+        self._until = 0.0                        # before the lock goes
+        if self._held:
+            self._held = False
+            self._ask(GIVE_LEASE)
+
+    def _watch(self) -> None:
+        """Give it back once it is not used any more."""
+        while self._held:
+            time.sleep(LEASE_TICK)
+            if time.monotonic() > self._used + LEASE_TIME:
+                self.give_back()
+
 
 # ---- hearing
 
 class Listener:
     """The connection by which a process hears of commits: it wakes who waits, keeps the clock, and shows that the process lives."""
 
-    def __init__(self, connect: Callable[[], Wire], clock: Clock, confirm: Callable[[Wire], None]) -> None:
-        """raises CloudError, PgError, PgLost"""
-        self._connect, self._clock, self._confirm = connect, clock, confirm
+    def __init__(self, connect: Callable[[], Wire], clock: Clock, confirm: Callable[[Wire], None], told: Callable[[], None]) -> None:
+        """told    what else is done whenever somebody commits, or wants to
+        raises  CloudError, PgError, PgLost
+        """
+        self._connect, self._clock, self._confirm, self._told = connect, clock, confirm, told
         self._word, self.count, self._ended = threading.Condition(), 0, threading.Event()
         self._lost: float | None = None          # since when the database is not heard; None: it is
         self._wire, self._ticked = connect(), time.monotonic()
@@ -6785,7 +6915,8 @@ class Listener:
             try:
                 if self._wire.broken:
                     self._begin_anew()
-                self._wire.wait(HEAR)
+                if self._wire.wait(HEAR):
+                    self._told()
                 self._confirm(self._wire)
                 if time.monotonic() - self._ticked > CLOCK_TIME:
                     self._ticked = time.monotonic()
@@ -6862,7 +6993,8 @@ class Postgres(Database):
         self._questions = Questions(partial(self._connect, FINDING), self._lead.confirm)
         self.writer = ClusterWriter(self._connect, clock, self._readers.wire, self._lead.confirm)
         touched = Touched(self._look)
-        super().__init__(clock, Recent(touched.words, touched.confirm))
+        self._lease = ReadLease(self._look, self._questions, self._lead, touched)
+        super().__init__(clock, Recent(touched.words, self._lease.confirm))
         try:
             check_server(self.writer.wire())
             if self.readonly:
@@ -6870,7 +7002,7 @@ class Postgres(Database):
             else:
                 self._migrate(self.writer.wire(), how == "make")
                 self._slot = self.writer.wire().query("SELECT nextval('slot') % 4096")[0][0]
-                self._listener = Listener(self._connect, clock, self._lead.confirm)
+                self._listener = Listener(self._connect, clock, self._lead.confirm, self._lease.give_back)
         except (PgError, PgLost) as error:
             self.close()
             if isinstance(error, PgError) and error.code in POOLED:
@@ -7022,6 +7154,7 @@ class Postgres(Database):
         self.writer.close()
         if self._listener:
             self._listener.close(partial(tell_all, self._readers))
+        self._lease.close()
         self._forget()
         self._questions.close()
         self._lead.close()

@@ -4634,9 +4634,10 @@ def test_what_no_standby_may_have_is_asked_for_until_one_has_it(db, monkeypatch,
 
     def pipeline(wire, parts):
         results = real(wire, parts)
-        if left[0] and any(part and part[-1].statement.key[0] in ("COMMIT", cs.translate(cs.POISON)[0]) for part in results):
+        ends = [part[-1] for part in results if part and part[-1].statement.key[0] in ("COMMIT", cs.translate(cs.POISON)[0])]
+        if left[0] and ends:
             left[0] -= 1
-            results[0][-1].notices.append(cs.PgError("01000", "canceling wait for synchronous replication due to user request"))
+            ends[0].notices.append(cs.PgError("01000", "canceling wait for synchronous replication due to user request"))
         return results
     monkeypatch.setattr(cs.Wire, "pipeline", pipeline)
     assert db.write(lambda: set_batch("a", "1", line=line())).seq == 2 and left == [0]
@@ -4872,6 +4873,188 @@ def test_many_who_ask_at_once_share_a_look_that_began_after_they_came():
         assert late.result() is None and looks == [0, 1, 2]
 
 
+@pytest.fixture
+def leases(monkeypatch):
+    """Leases are had soon, and while little is read: taken = leases(db) reads until it has one; returns the value that is read."""
+    monkeypatch.setattr(cs, "QUIET", 0.05)
+    monkeypatch.setattr(cs, "LEASE_LOOKS", 3)
+
+    def have(db):
+        return eventually(lambda: (remembered(db), time.monotonic() < db._lease._until and db._lease)[1])
+    return have
+
+
+def remembered(db, name="x"):
+    return db.recent.get(name, lambda: (int(db.setting(name) or 0), 1, (7,)))
+
+
+def put_number(db, number, name="x"):
+    db.commit(Batch([cs.put_setting(name, str(number))], touches={7}))
+
+
+@OF_POSTGRES
+def test_where_many_read_and_nobody_writes_nothing_is_asked(db, open_db, leases, monkeypatch):
+    other, looks, real = open_db(), [], cs.Wire.pipeline
+    put_number(other, 1)
+    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (wire is db._questions.wire and looks.append(1), real(wire, parts))[1])
+    assert not db._lease._held and [remembered(db) for _ in range(2)] == [1, 1] and len(looks) >= 2
+    lease = leases(db)
+    monkeypatch.setattr(cs, "LEASE_TIME", 60)
+    monkeypatch.setattr(cs, "LEASE_TICK", 60)
+    lease._do(partial(lease._renew, time.monotonic()))
+    looks.clear()
+    assert [remembered(db) for _ in range(1000)] == [1] * 1000 and not looks
+    put_number(other, 2)
+    assert remembered(db) == 2 and looks and not lease._held
+    leases(db)
+    put_number(db, 3)                            # its own waits for it as well
+    assert remembered(db) == 3 == remembered(other)
+
+
+def commit_as_before(db, other):
+    """As a server of the version before does, which knows of no lease."""
+    other.writer.wire().script("INSERT INTO commit_group (id, seq, at, touched) SELECT 'before', 1, 0, NULL; UPDATE setting SET value = '2' WHERE name = 'x'")
+
+
+def break_connection(db, other):
+    """... and nothing more is heard of that: as if the database had begun anew."""
+    other.read("SELECT pg_terminate_backend(%d)" % db._questions.wire.query("SELECT pg_backend_pid()")[0])
+    eventually(lambda: not db._questions.wire.is_silent())
+    commit_as_before(db, other)
+
+
+def break_and_ask(db, other):
+    """... and another thread of the same process has a new connection by then."""
+    other.read("SELECT pg_terminate_backend(%d)" % db._questions.wire.query("SELECT pg_backend_pid()")[0])
+    db.find("SELECT value FROM setting WHERE name = ?", ("y",))
+    commit_as_before(db, other)
+
+
+def leave_alone(db, other):
+    eventually(lambda: not db._lease._held)
+    commit_as_before(db, other)
+
+
+def commit_while_it_is_used(db, other):
+    with ThreadPoolExecutor(1) as pool:
+        commit = pool.submit(commit_as_before, db, other)
+        while not commit.done():
+            assert remembered(db) in (1, 2)
+        commit.result()
+
+
+def load_number(db, other):
+    with other.load() as loading:
+        loading.ask("UPDATE setting SET value = '2' WHERE name = 'x'")
+
+
+ENDS_LEASE = {  # what happens, and for how many seconds the lease would count otherwise
+    "another commits": (lambda db, other: put_number(other, 2), 0.5), "it commits": (lambda db, other: put_number(db, 2), 0.5),
+    "one of the version before commits": (commit_as_before, 0.5), "... while it is used": (commit_while_it_is_used, 0.5),
+    "its connection breaks": (break_connection, 60), "that is another now": (break_and_ask, 60), "it is not used": (leave_alone, 0.5),
+    "rows come by COPY": (load_number, 0.5)}
+
+
+@OF_POSTGRES
+@pytest.mark.parametrize("what, counts", ENDS_LEASE.values(), ids=list(ENDS_LEASE))
+def test_whatever_ends_a_lease_nothing_is_believed_that_is_so_no_more(db, open_db, leases, monkeypatch, what, counts):
+    other = open_db()
+    monkeypatch.setattr(cs, "LEASE_TIME", counts)
+    monkeypatch.setattr(cs, "LEASE_TICK", counts / 5)
+    put_number(other, 1)
+    assert leases(db) and remembered(db) == 1
+    what(db, other)                              # and whoever commits did not have to wait for long
+    assert remembered(db) == 2 == remembered(other)
+    assert leases(db) and remembered(db) == 2
+
+
+@pytest.mark.parametrize("saying, want", [([None, 10], 10), ([10, 20], 10), ([5, 3], 3), ([], math.inf)])
+def test_what_counts_of_a_lease_counts_no_longer_than_what_hosts_said(saying, want):
+    lead = cs.Lead.__new__(cs.Lead)
+    lead._peers = [argparse.Namespace(until=until) for until in saying if until]
+    assert lead.until() == want
+
+
+@OF_POSTGRES
+def test_a_lease_is_not_had_while_somebody_commits_nor_soon_after(db, open_db, leases, monkeypatch):
+    other = open_db()
+    put_number(other, 1)
+    wire = other.writer.wire()
+    wire.script("BEGIN; INSERT INTO commit_group (id, seq, at, touched) VALUES ('slow', 1, 0, NULL)")
+    monkeypatch.setattr(cs, "QUIET", -1)
+    for _ in range(20):
+        assert remembered(db) == 1 and not db._lease._held
+    wire.script("COMMIT")
+    assert leases(db)
+    put_number(other, 2)
+    assert not db._lease._held
+    db._lease._do(db._lease._get)                # ... nor before it is known what came until then
+    assert db._lease._held and remembered(db) == 2
+    monkeypatch.setattr(cs, "QUIET", 60)
+    put_number(other, 3)
+    for _ in range(20):
+        assert remembered(db) == 3 and not db._lease._held
+
+
+@OF_POSTGRES
+def test_all_who_read_may_have_a_lease_and_none_sees_less_than_was_acknowledged(db, open_db, leases, rng):
+    """What a reader sees is what was acknowledged before it asked, or later; with pauses in which leases come and go."""
+    readers, writers, ended = [db, open_db(), open_db()], [open_db(), db], threading.Event()
+    acknowledged, begun, counts = [0], [0], Counter()
+
+    def read(reader):
+        seen = 0
+        while not ended.is_set():
+            least = acknowledged[0]
+            seen, last = remembered(reader), seen
+            assert max(least, last) <= seen <= begun[0]
+            counts[reader, time.monotonic() < reader._lease._until] += 1
+            time.sleep(0.0005)
+    with ThreadPoolExecutor(6) as pool:
+        threads = [pool.submit(read, reader) for reader in readers for _ in range(2)]
+        for number in range(1, 25):
+            begun[0] = number
+            put_number(rng.choice(writers), number)
+            acknowledged[0] = number
+            time.sleep(rng.choice([0, 0.01, 0.1, 0.2]))
+        ended.set()
+        assert [thread.result() for thread in threads] == [None] * 6
+    print({held: sum(count for (_, one), count in counts.items() if one == held) for held in (True, False)})
+    assert all(counts[reader, True] and counts[reader, False] for reader in readers)
+
+
+@OF_POSTGRES
+@needs_fork
+def test_who_stopped_with_a_lease_holds_nobody_up_and_believes_nothing_when_it_goes_on(db, leases, monkeypatch):
+    late, (heard, tells) = [], os.pipe()
+    monkeypatch.setattr(db.writer, "_end_holder", lambda: late.append(1))
+    put_number(db, 1)
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            reader = cs.Postgres(db.place, Clock(), "open")
+            while True:
+                os.write(tells, b"%d%d " % (remembered(reader), time.monotonic() < reader._lease._until))
+                time.sleep(0.001)
+        os._exit(0)
+    try:
+        eventually(lambda: b"11 " in os.read(heard, 1000))
+        os.kill(pid, signal.SIGSTOP)
+        put_number(db, 2)                        # it waits until the database ends whoever is not heard of
+        os.set_blocking(heard, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.read(heard, 1000)
+        os.set_blocking(heard, True)
+        os.kill(pid, signal.SIGCONT)
+        said = b"".join(os.read(heard, 1000) for _ in range(20)).split()
+        assert {word[:1] for word in said[1:]} == {b"2"} and not late            # the first may have been known before
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(heard), os.close(tells)
+
+
 @OF_POSTGRES
 def test_the_last_group_is_kept_however_old_it_is(db, fake, monkeypatch):
     asked = []
@@ -4916,7 +5099,7 @@ def test_a_write_asks_once_who_may_and_where_it_leads(database_of, tmp_path, mak
     write = lambda path, door="/dav": exchange(address, "PUT", door + path, b"x", Authorization="Bearer " + token)
     assert write("/a/b/f").status == 204
     monkeypatch.setattr(cs, "SURE", 60)                      # however slow it is here
-    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (wire is two.db._questions._wire and trips.append(1), real(wire, parts))[1])
+    monkeypatch.setattr(cs.Wire, "pipeline", lambda wire, parts: (wire is two.db._questions.wire and trips.append(1), real(wire, parts))[1])
     for door in "/dav", "/remote.php/dav/files/ann":
         trips.clear()
         assert [write("/a/b/%s%d" % (door[1:4], n), door).status for n in range(10)] == [201] * 10 and len(trips) == 10
