@@ -8887,8 +8887,9 @@ class Contents:
             lost = [hash for hash, is_there in found.items() if not is_there]
             for hash in lost:
                 note_damage(hash)
-            if lost:
-                self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", [(self.clock.wall(), hash) for hash in lost], many=True))
+            with suppress(CloudError):           # nothing can be written now: it is told, though not noted
+                if lost:
+                    self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", [(self.clock.wall(), hash) for hash in lost], many=True))
         return set(hashes) - whole
 
     def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:
@@ -15922,7 +15923,7 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
     """A node and, of a collection, a page of what it holds; `at` asks for a moment of the past.
 
     sort  name, size, mtime or kind;  order  asc or desc, collections_first or not;  after  the `next` of the page before
-    chunks  of a file also what it consists of, in order: [[sha256, bytes], ...]
+    chunks  of a file also what it consists of, in order: [[sha256, bytes], ...]; and "damaged": true if not all of that is there
     """
     values = request.values
     if values["at"] is not None:
@@ -15944,6 +15945,8 @@ def api_files(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
         answer["children"], answer["next"] = children, start + limit if len(page) > limit else None
     elif values["chunks"]:
         answer["chunks"] = cloud.contents.chunks(node)
+        if cloud.contents.lacking([hash for hash, _ in answer["chunks"]]):
+            answer["damaged"] = True             # who has the same bytes sends them again
     return json_response(answer)
 
 
@@ -20257,12 +20260,11 @@ class Copying:
         """
         if self.target.is_far and self.known is None:
             self.known = set(self.target.list())
-        has = self.target.has if self.known is None else self.known.__contains__
         progress = Progress("copy", total)
 
         def lacking() -> Iterator[tuple[str, int, str]]:
             for row in rows:
-                if not has(row[2]):
+                if not self._has(*row[1:]):
                     yield row
                 else:
                     progress.add(row[1])
@@ -20277,6 +20279,13 @@ class Copying:
                         self.count, self.size = self.count + 1, self.size + size
                     progress.add(size)
         progress.end()
+
+    def _has(self, size: int, name: str) -> bool:
+        """Is it there, and of its size?  What was shortened since it came is copied once more."""
+        try:
+            return self.target.size(name) == size if self.known is None else name in self.known
+        except FileNotFoundError:
+            return False
 
     def _copy(self, source: Store, row: tuple[str, int, str]) -> str | None:
         """What is wrong with an object, which is not copied then."""
@@ -29582,21 +29591,21 @@ async function meet(item) {
   else await settleUpload(item);
 }
 
-// proven by what the server knows of its pieces, one after the other; only a page in the clear has to go by size and
-// time
+// proven by what the server knows of its pieces, one after the other, as long as it has them all; only a page in the
+// clear has to go by size and time
 async function isSame(item, there) {
   if (there.kind !== "file" || there.size !== item.size) return false;
   if (!crypto.subtle) return item.tries > 0 && Date.parse(there.mtime) === item.file.lastModified;
-  const chunks = there.sha256 ? [[there.sha256, there.size]] : (await load(there.path, {chunks: true})).chunks;
+  const said = there.sha256 ? null : await load(there.path, {chunks: true});
   let at = 0;
-  for (const [hash, size] of chunks) {
+  for (const [hash, size] of said ? said.chunks : [[there.sha256, there.size]]) {
     if (queue.paused) throw trouble("paused");
     if (item.state !== "sending" || await hashOf(item.file.slice(at, at + size)) !== hash) return false;
     at += size;
     item.compared = at / item.size;
     updateQueue();
   }
-  return at === item.size;
+  return at === item.size && !(said || await load(there.path, {chunks: true})).damaged;
 }
 
 async function hashOf(blob) {

@@ -14700,7 +14700,11 @@ def test_a_file_tells_its_chunks(api, cloud, ann):
     put(cloud, ann, "b", b"")
     assert api("GET", "files/a", chunks="true")["chunks"] == [
         [hashlib.sha256(data[at:at + 4 * MiB]).hexdigest(), min(4 * MiB, 9 * MiB - at)] for at in range(0, 9 * MiB, 4 * MiB)]
-    assert api("GET", "files/b", chunks=1)["chunks"] == [] and "chunks" not in api("GET", "files/a")
+    assert api("GET", "files/b", chunks=1)["chunks"] == [] and "chunks" not in api("GET", "files/a") and "damaged" not in api("GET", "files/a", chunks=1)
+    object_at(cloud, cloud.db.read("SELECT object FROM chunk WHERE hash = ?", chunk(data[:4 * MiB])[:1])[0][0]).unlink()
+    assert api("GET", "files/a", chunks=1)["damaged"] and cloud.numbers()["bad_chunks"] == 1
+    put(cloud, ann, "c", data)
+    assert "damaged" not in api("GET", "files/a", chunks=1) and get(cloud, ann, "a") == data
 
 
 def test_thumbnails_are_kept_per_account_under_the_content(api, call, cloud, ann):
@@ -17662,8 +17666,9 @@ def test_objects_are_copied_as_they_are_told_of(tmp_path, monkeypatch):
     datas = [b"%d" % n for n in range(60)]
     for n, data in enumerate(datas):
         source.put(object_name(data), data)
-        if n % 3 == 0:
+        if n % 3 == 0 or n == 7:
             target.put(object_name(data), data)
+    os.truncate(target.home / object_name(b"7")[:2] / object_name(b"7"), 0)      # since then: it is copied once more
 
     def rows():
         for data in datas:
@@ -17672,7 +17677,7 @@ def test_objects_are_copied_as_they_are_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(cs, "read_object", lambda *which, really=cs.read_object: (read.append(len(told)), really(*which))[1])
     copying = cs.Copying(target)
     copying.run(source, rows(), sum(map(len, datas)))
-    assert copying.count == len(read) == 40 and sorted(target.list()) == sorted(map(object_name, datas))
+    assert copying.count == len(read) == 40 and sorted(target.list()) == sorted(map(object_name, datas)) and target.holds(object_name(b"7"), b"7")
     assert all(ahead - 1.5 * count <= 6 * cs.COPIED_AT_ONCE for count, ahead in enumerate(read)) and told == datas
 
 
@@ -30112,6 +30117,13 @@ def test_browser_sends_nothing_that_is_there_already(page, tmp_path, monkeypatch
     page.sees("“same.bin” exists already")
     page.click("Skip")
     page.sees("Nothing uploaded")
+    same = (home / "deep/er/same.bin").read_bytes()
+    object_at(page.cloud, page.cloud.db.read("SELECT object FROM chunk WHERE hash = ?", chunk(same)[:1])[0][0]).unlink()
+    page.run("addUploads([{path: 'up/deep/er/same.bin', file: new File(['deep/er/same.bin'.repeat(9000)], 'same.bin')}])")
+    page.sees("“same.bin” exists already")                                  # by its hash it is the same, but the server has lost it
+    page.click("Replace")
+    page.sees("1 file uploaded")
+    assert get(page.cloud, page.who, "up/deep/er/same.bin") == same
     page.run("lookInto = async () => new Map()")                            # a list that does not tell of it: the server does
     page.run("addUploads([{path: 'up/s.txt', file: new File(['s'], 's.txt')}])")
     page.sees("1 file uploaded")
