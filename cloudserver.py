@@ -17701,6 +17701,7 @@ OCS_SHARES = OCS_SHARING + "shares"
 OCS_KINDS = {"account": 0, "group": 1, "link": 3}            # shareType
 OCS_BITS = {READ: 1, UPDATE: 2, CREATE: 4, DELETE: 8, SHARE: 16}         # permissions; those of a file are READ, UPDATE, SHARE
 OCS_DEFAULT = {"account": 15, "group": 15, "link": 1}        # if nobody names any
+PUBLIC_UPLOAD = {"true": "15", "false": "1"}                 # an older word for those of a link
 
 
 def ocs_sharing(policy: Policy) -> dict[str, Any]:
@@ -17838,12 +17839,9 @@ def read_form(request: Request) -> dict[str, str]:
     else:
         form = parse_query(body.decode("utf-8", "replace"))
     form = {**parse_query(request.query), **form}
-    if form.get("publicUpload") in PUBLIC_UPLOAD:            # an older word for permissions
+    if form.get("publicUpload") in PUBLIC_UPLOAD:
         form.setdefault("permissions", PUBLIC_UPLOAD[form["publicUpload"]])
     return form
-
-
-PUBLIC_UPLOAD = {"true": "15", "false": "1"}
 
 
 def ocs_list(request: Request, shares: Iterable[Given | Offer]) -> Response:
@@ -18433,6 +18431,7 @@ SEARCH_VALUES: dict[str, tuple[Callable[[Node, About], Any], Callable[[str], Any
 SEARCH_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": lambda a, b: a == b, "lt": lambda a, b: a < b, "gt": lambda a, b: a > b, "lte": lambda a, b: a <= b,
     "gte": lambda a, b: a >= b, "like": lambda a, b: is_like(str(a), str(b))}
+JUDGES: dict[str, Callable[[Iterable[bool]], bool]] = {"and": all, "or": any, "not": lambda found: not all(found)}
 
 
 def is_like(text: str, pattern: str) -> bool:
@@ -18458,9 +18457,6 @@ def read_where(search: ET.Element) -> ET.Element | None:
     if where is not None and sum(local_name(part.tag) in (*JUDGES, *SEARCH_OPERATORS, "is-collection") for part in where.iter()) > SEARCH_CONDITIONS:
         raise CloudError("too-large", "a search has at most %d conditions" % SEARCH_CONDITIONS)
     return where
-
-
-JUDGES: dict[str, Callable[[Iterable[bool]], bool]] = {"and": all, "or": any, "not": lambda found: not all(found)}
 
 
 def search_test(where: ET.Element) -> Callable[[Node, About], bool]:
@@ -18500,14 +18496,10 @@ def look_up_name(cloud: Cloud, who: Principal, pattern: str) -> list[tuple[tuple
     return [(path, node) for path, node, _ in cloud.search.find(who, Query(parse_words(words)[0], within="names"), limit=SEARCH_MOST)[0]]
 
 
-def look_up_favorites(cloud: Cloud, who: Principal, value: str) -> list[tuple[tuple[str, ...], Node]] | None:
-    return cloud.files.stars.list(who) if value in TRUE else None
-
-
 LOOKUPS: dict[tuple[str, str], Callable[[Cloud, Principal, str], Optional[list[tuple[tuple[str, ...], Node]]]]] = {
     ("like", "displayname"): look_up_name,
     ("eq", "fileid"): lambda cloud, who, value: cloud.search.by_id(who, read_file_id(value)),
-    ("eq", "favorite"): look_up_favorites}
+    ("eq", "favorite"): lambda cloud, who, value: cloud.files.stars.list(who) if value in TRUE else None}
 SEARCH_MOST = 5000              # rows of an answer
 SEARCH_CONDITIONS = 100         # clients send up to a dozen
 ORDERS_MOST = 8                 # by how many properties an answer is sorted
@@ -18540,6 +18532,38 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     return nc_rows(request, about, NC_ROOT + (owner,), names, found[:most])
 
 
+# ---- search by words: the apps ask so any server that calls itself 20 or newer
+
+OCS_SEARCH = "search/providers"
+
+
+@route("GET", *ocs(OCS_SEARCH), needs="read", refuse=ocs_error)
+def ocs_searched(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What can be searched: the files."""
+    return ocs_response(request, [{"id": "files", "appId": "files", "name": "Files", "icon": "", "order": 5, "triggers": ["files"],
+                                   "filters": {"term": "string"}, "inAppSearch": False}])
+
+
+@route("GET", *ocs(OCS_SEARCH + "/files/search"), needs="read", refuse=ocs_error)
+def ocs_search(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Files and collections by words of their names and contents, a page from `cursor` on."""
+    asked = parse_query(request.query)
+    first, count = (int(asked[name]) if re.fullmatch(r"\d{1,4}", asked.get(name, "")) else default for name, default in (("cursor", 0), ("limit", 5)))
+    (words, without), about, found, more = parse_words(asked.get("term", "")), Scattered(cloud, who), [], False
+    if words:
+        found, more = cloud.search.find(who, Query(words, without), limit=first + count, alive=partial(request.check_alive, SEARCH_TIME))
+    entries = [ocs_found(request, hit.path, hit.node, about) for hit in found[first:]]
+    return ocs_response(request, {"name": "Files", "isPaginated": more, "entries": entries, "cursor": first + len(entries)})
+
+
+def ocs_found(request: Request, path: tuple[str, ...], node: Node, about: About) -> dict[str, Any]:
+    base, is_pictured = base_url(request), not node.kind and (node.home, node.manifest) in about.pictured
+    return {"title": node.name, "subline": "/" + "/".join(path[:-1]), "icon": "icon-folder" if node.kind else "icon-file", "rounded": False,
+            "thumbnailUrl": "%s/index.php/core/preview?x=32&y=32&fileId=%d" % (base, node.node) if is_pictured else "",
+            "resourceUrl": base + "/files" + format_path(path if node.kind else path[:-1]),
+            "attributes": {"fileId": str(node.node), "path": "/" + "/".join(path)}}
+
+
 # ---- trash and versions
 
 ROOTS_LACK = ("{DAV:}getetag", OC + "id", OC + "fileid")                # else nc-py-api takes the place itself for one of its things
@@ -18549,8 +18573,6 @@ TRASHED: dict[str, Reader] = {  # about.trashed: {node: Trashed}
     NC + "trashbin-deletion-time": lambda node, about: str(about.trashed[node.node].at // SECOND) if node.node in about.trashed else None,
 }
 NC_TRASHED = replace(NC_FILES, properties={**NC_PROPERTIES, **TRASHED})
-
-
 NC_TRASH, NC_VERSIONS = "/remote.php/dav/trashbin/<owner>/<path>", "/remote.php/dav/versions/<owner>/<path>"
 
 

@@ -16910,6 +16910,33 @@ SEARCH_ALL = ("<d:searchrequest xmlns:d='DAV:'><d:basicsearch><d:from><d:scope><
               "<d:where>%s</d:where></d:basicsearch></d:searchrequest>" % compare("like", "d:getcontenttype", "image/%"))
 
 
+def test_words_are_searched_as_the_apps_do_since_version_20(call, cloud, ann, bob):
+    def look(**asked):
+        answer = call("GET", "/ocs/v2.php/search/providers/files/search?" + cs.urlencode(asked), Accept="application/json").json()["ocs"]
+        return answer["data"]
+    for n in range(7):
+        put(cloud, ann, "d \u00e9/report %d.txt" % n, parents=True)
+    cloud.files.make_collection(ann, ("reports",)), put(cloud, bob, "given/report of bob", parents=True), put(cloud, bob, "report unseen")
+    cloud.sharing.share(bob, ("given",), "account", "ann", role="view")
+    assert [one["id"] for one in call("GET", "/ocs/v2.php/search/providers?format=json").json()["ocs"]["data"]] == ["files"]
+    found, cursor, pages = [], 0, 0
+    while pages == 0 or page["isPaginated"]:
+        page = look(term="REPORT", limit=4, cursor=cursor)
+        found, cursor, pages = found + page["entries"], page["cursor"], pages + 1
+        assert pages < 9
+    assert pages == 3 and {entry["attributes"]["path"] for entry in found} == {
+        "/reports", "/given/report of bob", *("/d \u00e9/report %d.txt" % n for n in range(7))} and len(found) == 9
+    assert all(set(entry) == {"title", "subline", "icon", "rounded", "thumbnailUrl", "resourceUrl", "attributes"} for entry in found)
+    one, = look(term="report 3")["entries"]
+    assert one["title"] == "report 3.txt" and one["resourceUrl"].endswith("/files/d%20%C3%A9") and one["thumbnailUrl"] == ""
+    assert one["attributes"]["fileId"] == str(cloud.files.stat(ann, ("d \u00e9", "report 3.txt")).node)
+    assert len(look(term="report")["entries"]) == 5 and look(term="")["entries"] == [] == look(term="-x", cursor="y", limit="z")["entries"]
+    assert look(term="report", cursor=9999)["entries"] == [] and call("GET", "/ocs/v2.php/search/providers/mail/search?term=a").status == 404
+    put(cloud, ann, "report.jpg", b"\xff\xd8\xff" * 9), cloud.pictures.put(ann, ("report.jpg",), b"\xff\xd8\xff")
+    assert call("GET", look(term="report jpg")["entries"][0]["thumbnailUrl"].partition("/index.php")[2]).body == b"\xff\xd8\xff"
+    assert call("GET", "/ocs/v1.php/search/providers/files/search?term=report", user=None).status == 401
+
+
 def test_a_search_is_bounded(call, cloud, ann, monkeypatch):
     """X16: by conditions, properties and time."""
     put(cloud, ann, "a.txt")
