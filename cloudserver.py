@@ -14570,13 +14570,33 @@ def respond(cloud: Cloud, request: Request) -> Response:
     except CloudError as error:
         if error.kind == "storage-failed":
             log.error("%s %s: %s", request.method, format_path(loggable(request.path)), error)
-        return error.detail.get("refuse", refuse)(request.refusal or error, request)
+        return refusal_to(request.refusal or error, request, error.detail.get("refuse", refuse))
     except (Disconnected, Await):
         raise                            # there is nobody to answer, or not yet
     except Exception:
         request.id = secrets.token_hex(4)
         log.exception("request %s: %s /%s", request.id, request.method, "/".join(request.path[:1]))
-        return refuse(CloudError("internal"), request)
+        return refusal_to(CloudError("internal"), request, refuse)
+
+
+def refusal_to(error: CloudError, request: Request, refuse: Callable[[CloudError, Request], Response]) -> Response:
+    """A refusal as the door words it for programs; a person who went to that address with a browser gets it as a page."""
+    response = refuse(error, request)
+    if not wants_page(request) or request["sec-fetch-mode"] not in (None, "navigate") or "ocs-apirequest" in request.fields or request.method not in (
+            "GET", "HEAD") or response.fields.get("Content-Type", "").startswith("text/html"):
+        return response
+    page = REFUSALS["page"](error, request)
+    page.fields.update((name, value) for name, value in response.fields.items() if name in ("WWW-Authenticate", "Allow", "Retry-After", "Content-Range"))
+    page.close = response.close
+    return page
+
+
+def wants_page(request: Request) -> bool:
+    """Is it a browser, for somebody to look at?"""
+    return "text/html" in request.fields.get("accept", "")
+
+
+REFUSALS: dict[str, Callable[[CloudError, Request], Response]] = {}      # "page": how the page words one, for people
 
 
 def foresee(cloud: Cloud, found: Route, names: dict[str, Any], who: Principal) -> None:
@@ -15470,7 +15490,7 @@ class Handler(BaseHTTPRequestHandler, Source):
             keep = self._can_keep(request, response)
             return self._answer(request, response, keep)
         except CloudError as error:              # nothing more of this connection can be trusted
-            return self._answer(NO_REQUEST, json_error(error, NO_REQUEST), False)
+            return self._answer(NO_REQUEST, refusal_to(error, error.detail.get("request", NO_REQUEST), json_error), False)
         except Await as more:
             self.parser.at -= len(head)
             link.wanted = len(head) + more.count
@@ -15539,7 +15559,8 @@ class Handler(BaseHTTPRequestHandler, Source):
         if authority:
             envelope = envelope._replace(fields={**envelope.fields, "host": authority})
         if not site.knows(envelope.fields.get("host", "localhost")):
-            raise CloudError("misdirected", "this server does not go by that name; see --hostname")
+            raise CloudError("misdirected", "this server does not go by that name; see --hostname",
+                             request=Request(method, (path, slash, query), envelope, NO_BODY, site, self.link))
         body = NO_BODY
         if envelope.length != 0:
             body = RequestBody(self.parser, self, envelope.length, envelope.expects and not self.link.continued)
@@ -26270,10 +26291,12 @@ PAGE_GERMAN = r"""{
   "It counts for {name}, whose files these are.": "Es zählt bei {name}, denn dort liegen diese Dateien.",
   "It goes on by itself when the connection is back.": "Es geht von selbst weiter, sobald die Verbindung wieder da ist.",
   "It has ended or was used up, or its address is not complete. Ask whoever gave it to you for another one.": "Er ist abgelaufen oder aufgebraucht, oder seine Adresse ist nicht vollständig. Frag, wer ihn dir gegeben hat, nach einem neuen.",
+  "It has ended, or is too long ago.": "Es ist zu Ende, oder zu lange her.",
   "It takes {n} file at most.": "Höchstens {n} Datei passt hinein.",
   "It takes {n} files at most.": "Höchstens {n} Dateien passen hinein.",
   "It takes {size} at most.": "Höchstens {size} passen hinein.",
   "It was moved, renamed or deleted, or it is somebody else's.": "Es wurde verschoben, umbenannt oder gelöscht, oder es gehört jemand anderem.",
+  "It was moved, renamed or deleted, or the address is not quite right.": "Es wurde verschoben, umbenannt oder gelöscht, oder die Adresse stimmt nicht ganz.",
   "It was moved, renamed or deleted.": "Es wurde verschoben, umbenannt oder gelöscht.",
   "Its last sign of life: {when}.": "Letztes Lebenszeichen: {when}.",
   "Just now": "Gerade eben",
@@ -26303,6 +26326,7 @@ PAGE_GERMAN = r"""{
   "List": "Liste",
   "Locked by {who} until {when}": "Gesperrt von {who} bis {when}",
   "Log in": "Anmelden",
+  "Log in, then come back to this address.": "Melde dich an und komm dann zu dieser Adresse zurück.",
   "Log out": "Abmelden",
   "Log out?": "Abmelden?",
   "Look everywhere": "Überall suchen",
@@ -26397,6 +26421,7 @@ PAGE_GERMAN = r"""{
   "Present password": "Bisheriges Passwort",
   "Preview": "Vorschau",
   "Program: {name}": "Programm: {name}",
+  "Programs use this address.": "Diese Adresse ist für Programme da.",
   "Quota in GB; empty is no limit": "Speicher in GB; leer heißt unbegrenzt",
   "Quota of new accounts in GB; empty is no limit": "Speicherplatz neuer Konten in GB; leer heißt keine Grenze",
   "Recently": "Kürzlich",
@@ -26464,6 +26489,7 @@ PAGE_GERMAN = r"""{
   "Somebody else saved this file": "Jemand anderes hat diese Datei gespeichert",
   "Somebody else saved this file.": "Jemand anderes hat diese Datei gespeichert.",
   "Somebody moved or deleted this file.": "Jemand hat diese Datei verschoben oder gelöscht.",
+  "Something in it cannot be right.": "Etwas daran kann nicht stimmen.",
   "Something went wrong on the server. Whoever runs it should look at its log.": "Auf dem Server ging etwas schief. Wer ihn betreibt, sollte ins Protokoll sehen.",
   "Sort by {what}": "Nach {what} ordnen",
   "Space": "Leertaste",
@@ -26498,6 +26524,7 @@ PAGE_GERMAN = r"""{
   "The server cannot be reached. Check the connection and try again.": "Der Server ist nicht erreichbar. Prüfe die Verbindung und versuche es noch einmal.",
   "The server cannot write at the moment.": "Der Server kann gerade nichts speichern.",
   "The server could not read all of it. Whoever runs it should look at its log.": "Der Server konnte nicht alles lesen. Wer ihn betreibt, sollte ins Protokoll sehen.",
+  "The server does not go by this name": "Der Server hört nicht auf diesen Namen",
   "The server is busy": "Der Server ist beschäftigt",
   "The server is busy. Try again in a moment.": "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
   "The storage is full. Delete something, then empty the trash, or ask for more.": "Der Speicher ist voll. Lösche etwas und leere den Papierkorb, oder bitte um mehr.",
@@ -26512,10 +26539,13 @@ PAGE_GERMAN = r"""{
   "There is not enough room for this": "Dafür ist nicht genug Platz",
   "There is not enough room for this.": "Dafür ist nicht genug Platz.",
   "There is nothing here": "Hier ist nichts",
+  "There is nothing here any more": "Hier ist nichts mehr",
   "There is nothing here.": "Hier ist nichts.",
+  "There is nothing to see here": "Hier gibt es nichts zu sehen",
   "There is something of that name already.": "Etwas mit diesem Namen gibt es schon.",
   "These are too many at a time: choose fewer, or take all.": "Das sind zu viele auf einmal: Wähle weniger aus oder nimm alles.",
   "These two are too different to be compared line by line.": "Diese beiden sind zu verschieden, um sie Zeile für Zeile zu vergleichen.",
+  "This address does not work": "Diese Adresse geht nicht",
   "This browser cannot play this kind of file.": "Dieser Browser kann Dateien dieser Art nicht abspielen.",
   "This browser cannot show this kind of picture.": "Dieser Browser kann Bilder dieser Art nicht zeigen.",
   "This browser plays only the sound of this film.": "Dieser Browser spielt von diesem Film nur den Ton.",
@@ -26555,6 +26585,7 @@ PAGE_GERMAN = r"""{
   "Trash": "Papierkorb",
   "Try again": "Noch einmal versuchen",
   "Try again in a moment.": "Versuche es gleich noch einmal.",
+  "Try again when there is more.": "Versuch es noch einmal, wenn wieder Platz ist.",
   "Type what you look for, or choose a filter.": "Tippe, was du suchst, oder wähle einen Filter.",
   "Under 1 MB": "Unter 1 MB",
   "Under the name": "Unter dem Namen",
@@ -26569,12 +26600,14 @@ PAGE_GERMAN = r"""{
   "Uploading: {done} of {n}, {percent} %": "Hochladen: {done} von {n}, {percent} %",
   "Uploading…": "Wird hochgeladen …",
   "Uploads": "Uploads",
+  "Use the address it was set up with, or let whoever runs it add this name with --hostname.": "Nimm die Adresse, für die er eingerichtet ist, oder lass diesen Namen mit --hostname hinzufügen.",
   "Version": "Version",
   "Versions": "Versionen",
   "Versions of {name}": "Versionen von {name}",
   "Video": "Video",
   "Videos": "Videos",
   "View": "Ansicht",
+  "Wait a little, then try again.": "Warte ein wenig, dann versuch es noch einmal.",
   "Wait {n} second, then try again.": "Warte {n} Sekunde und versuche es dann noch einmal.",
   "Wait {n} seconds, then try again.": "Warte {n} Sekunden und versuche es dann noch einmal.",
   "Waiting": "Wartet",
@@ -26584,6 +26617,7 @@ PAGE_GERMAN = r"""{
   "Welcome": "Willkommen",
   "What": "Was",
   "What changed": "Was sich änderte",
+  "What is at this address is not for you to see.": "Was unter dieser Adresse liegt, darfst du nicht sehen.",
   "What is in it cannot be brought back after this.": "Sein Inhalt lässt sich danach nicht zurückholen.",
   "What is kept": "Was aufgehoben wird",
   "What is older goes for good; of what is more than the most, the oldest goes first.": "Was älter ist, geht endgültig; wird es mehr als das Höchste, geht das Älteste zuerst.",
@@ -26609,6 +26643,7 @@ PAGE_GERMAN = r"""{
   "Whoever has the link sends files, and sees nothing: a request for files.": "Wer den Link hat, kann Dateien senden und sieht nichts: eine Bitte um Dateien.",
   "With me": "Mit mir",
   "Wrong name or password.": "Name oder Passwort ist falsch.",
+  "You are not logged in": "Du bist nicht angemeldet",
   "You are offline": "Du bist offline",
   "You can close this window now.": "Du kannst dieses Fenster jetzt schließen.",
   "You can look at and download what is here, and add to it.": "Du kannst alles hier ansehen und herunterladen und etwas hinzufügen.",
@@ -27245,11 +27280,6 @@ VISITOR_PAGE = 500              # entries of a collection on one page
 VISITOR_SORTS = ("name", "mtime", "size")
 
 
-def wants_page(request: Request) -> bool:
-    """Is it a browser, for somebody to look at?"""
-    return "text/html" in request.fields.get("accept", "")
-
-
 class Visit(NamedTuple):
     """What the parts of the page are about."""
     request: Request
@@ -27291,12 +27321,13 @@ def link_page(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 
 
 def html_response(request: Request, say: Speaker, title: str, *body: str, status: int = 200, **data: Any) -> Response:
-    """A whole page with style, and with the script if there are data for it (W3)."""
+    """A whole page with style, and with the script if there are data for it (W3).  Where nothing more is to be had, the style stands in it."""
     nonce, script = secrets.token_urlsafe(16), bool(data)
+    style = H("style", Markup(visitor_source("visitor.css")[0].decode()), nonce=nonce) if status == ERRORS["misdirected"][0] else H(
+        "link", rel="stylesheet", nonce=nonce, href=visitor_part(request, "visitor.css"))
     head = [H("meta", charset="utf-8"), H("meta", name="viewport", content="width=device-width, initial-scale=1, viewport-fit=cover"),
             H("meta", name="robots", content="noindex"), H("title", title),
-            H("link", rel="icon", href=request.href(("icon.svg",))),
-            H("link", rel="stylesheet", nonce=nonce, href=visitor_part(request, "visitor.css"))]
+            H("link", rel="icon", href=request.href(("icon.svg",))), style]
     if script:
         head.append(H("script", defer=True, nonce=nonce, src=visitor_part(request, "visitor.js", say.language)))
     page = "<!doctype html>\n" + H("html", H("head", *head), "\n", H("body", *body, **{"data_" + name: value for name, value in data.items()}),
@@ -27477,6 +27508,30 @@ REFUSAL_WORDS = {  # status: (title, text)
     503: ("The server is busy", "Try again in a moment."),
     507: ("There is not enough room for this", "Tell whoever gave you the link."),
     500: ("This did not work", "Try again in a moment.")}
+
+
+def page_refusal(error: CloudError, request: Request) -> Response:
+    """Why somebody does not get what is at an address they went to, and the way home."""
+    say = Speaker(request)
+    title, text = (say(words) for words in PLAIN_WORDS.get(error.kind) or PLAIN_WORDS.get(error.status) or REFUSAL_WORDS.get(error.status, REFUSAL_WORDS[500]))
+    known = " · ".join(filter(None, [str(error.status), error.kind, str(error), request.id]))
+    home = "" if error.kind == "misdirected" else H("p", H("a.button.primary", say("Log in" if error.status == 401 else "To the files"), href=request.href(()) or "/"))
+    return html_response(request, say, title, H("main.gate", H("div.brand", "cloudserver"), H("h1", title), H("p", text), H("p.soft", visible(known)), home),
+                         status=error.status)
+
+
+REFUSALS["page"] = page_refusal
+PLAIN_WORDS: dict[int | str, tuple[str, str]] = {  # kind or status: (title, text), where those of links do not fit
+    400: ("This address does not work", "Something in it cannot be right."),
+    401: ("You are not logged in", "Log in, then come back to this address."),
+    403: ("This is not allowed", "What is at this address is not for you to see."),
+    404: ("There is nothing here", "It was moved, renamed or deleted, or the address is not quite right."),
+    405: ("There is nothing to see here", "Programs use this address."),
+    410: ("There is nothing here any more", "It has ended, or is too long ago."),
+    421: ("The server does not go by this name", "Use the address it was set up with, or let whoever runs it add this name with --hostname."),
+    429: ("Too many tries", "Wait a little, then try again."),
+    507: ("There is not enough room for this", "Try again when there is more."),
+    "not-set-up": ("Not set up yet", "This server is not set up yet. Open the link that it printed when it started.")}
 
 
 # ---- what the page is made of
@@ -27711,6 +27766,7 @@ body:has(.side) #app { display: grid; grid-template-columns: 14.5rem minmax(0, 1
 .grid:focus-visible { outline: none; }
 .cells { display: grid; grid-template-columns: 40px minmax(0, 1fr) 8.5rem 6rem 44px; align-items: center; }
 .head { border-bottom: 1px solid var(--line); color: var(--soft); font-size: .875rem; }
+.head .cells { min-height: 36px; }
 .head button { background: none; border: 0; padding: .3rem 0; min-height: 34px; color: inherit; }
 .head button:hover { color: var(--text); }
 [aria-sort=ascending] button::after { content: "↑"; }

@@ -25436,6 +25436,33 @@ def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
+
+
+@pytest.mark.parametrize("where, user, status", [
+    ("/nothing", None, 404), ("/nothing/at/all?x=1", "ann", 404), ("/settingz", "ann", 404), ("/dav/nothing", "ann", 404), ("/dav/", None, 401), ("/api/v1/files/no", "ann", 404),
+    ("/api/v1/nothing", "ann", 404), ("/api/v1/files/?limit=x", "ann", 400), ("/api/v1/move", "ann", 405), ("/api/v1/content/f?version=1", "ann", 404), ("/%zz", None, 400),
+    ("/remote.php/dav/files/ann/no", "ann", 404), ("/index.php/no", "ann", 404), ("/ocs/v2.php/cloud/users/no", "ann", 404), ("/tus/no", "ann", 405), ("/words/xx", None, 404)])
+def test_people_see_a_page_where_nothing_is_and_programs_what_they_know(call, cloud, ann, where, user, status):
+    """H24, W3: whatever door they came to by a browser's address bar; a status, a challenge and what is allowed are the door's."""
+    put(cloud, ann, "f")
+    page, plain = call("GET", where, user=user, Accept=BROWSER), call("GET", where, user=user)
+    assert page.status == status and page.headers["content-type"] == "text/html; charset=utf-8" and b"<h1>" in page.body and b'href="/"' in page.body
+    assert "default-src 'none'" in page.headers["content-security-policy"] and page.headers["cache-control"] == "no-store"
+    assert plain.headers["content-type"].partition(";")[0] in ("application/problem+json", "application/xml", "application/json", "text/xml"), plain
+    assert [page.headers.get(name) for name in ("www-authenticate", "allow")] == [plain.headers.get(name) for name in ("www-authenticate", "allow")]
+    for how in {"Sec_Fetch_Mode": "cors"}, {"OCS_APIRequest": "true"}:
+        assert call("GET", where, user=user, Accept=BROWSER, **how).headers["content-type"] == plain.headers["content-type"]
+    assert b"Hier ist nichts" in page.body or status != 404 or b"Hier ist nichts" in call("GET", where, user=user, Accept=BROWSER, Accept_Language="de").body
+
+
+def test_people_who_take_a_name_the_server_does_not_go_by_are_told_in_words(call):
+    """B3: nothing is to be had there, so style stands in it."""
+    page = call("GET", "/", user=None, Host="nas.example", Accept=BROWSER)
+    assert page.status == 421 and b"--hostname" in page.body and b"<style" in page.body and b"<link rel=\"stylesheet" not in page.body and b"nas.example" not in page.body
+    assert call("GET", "/", user=None, Host="nas.example").json()["code"] == "misdirected"
+
+
 SCRIPT, STYLE, PAGE = cs.PARTS_SCRIPT + cs.PAGE_SCRIPT + "".join(cs.PAGE_PARTS.values()), cs.PARTS_STYLE + cs.PARTS_DARK + cs.PAGE_STYLE, cs.page_as_sent(False)[0]
 
 
@@ -27186,6 +27213,18 @@ def test_browser_walks_by_addresses(page):
     page.shows("2024", "b #1?.txt")
     page.open("/past/nonsense")
     page.sees("Back to now")
+
+
+def test_browser_shows_a_page_at_an_address_where_nothing_is(page):
+    for name, where, words in [("lost", "/nothing/here", "There is nothing here"), ("lost-dav", "/dav/nothing", "There is nothing here")]:
+        page.go(page.home + where)
+        page.sees(words, "404")
+        page.shot(name)
+        page.size(390, 800, dark=True, touch=True)
+        page.shot(name + "-phone")
+        page.size(1280, 800)
+    page.click("To the files")
+    page.sees("Nothing here yet")
 
 
 @slow
