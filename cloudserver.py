@@ -26833,7 +26833,9 @@ PAGE_GERMAN = r"""{
   "{who} shared {what}": "{who} hat {what} geteilt",
   "{who} shared {what} with {with}": "{who} hat {what} mit {with} geteilt",
   "{who} shares {what} with you.": "{who} teilt {what} mit dir.",
+  "{who} starred {what}": "{who} hat {what} markiert",
   "{who} synchronised {what}": "{who} hat {what} abgeglichen",
+  "{who} took the star from {what}": "{who} hat die Markierung von {what} entfernt",
   "{who} took {name} out of {group}": "{who} hat {name} aus der Gruppe {group} genommen",
   "{who} took {what} among their files": "{who} hat {what} zu den eigenen Dateien genommen",
   "{who} undid a step": "{who} hat einen Schritt rückgängig gemacht",
@@ -27861,6 +27863,7 @@ summary { cursor: pointer; }
 .limits label { color: var(--soft); display: flex; gap: .5rem; align-items: center; }
 .changes { max-width: 60rem; padding-bottom: 1rem; }
 .changes summary { cursor: pointer; padding: .4rem 0; }
+.changes:not(:has(li)) summary { list-style: none; pointer-events: none; }
 .days h2 { margin: 1.5rem 0 0; }
 .days a { text-decoration: underline; }
 .slider [type=range] { flex: 1; min-width: 8rem; padding: 0; accent-color: var(--accent); }
@@ -27939,6 +27942,7 @@ th { background: var(--side); position: sticky; top: 0; }
   .crumbs a, .crumbs > span { min-height: 44px; display: flex; align-items: center; }
   .crumbs .slash { min-height: 0; }
   .bar { top: 0; flex-wrap: wrap; }
+  .bar .count { flex: 1 1 4rem; }
   .bar:has(.tab) { gap: 0; }
   .tab { padding: .65rem min(.4rem, 1.2vw); font-size: min(1rem, 3.4vw); }
   .selecting .content { padding-top: 52px; }
@@ -28057,7 +28061,7 @@ function placeMenu(box, at) {
   if (isPhone.matches) return;
   const spot = at instanceof Element ? at.getBoundingClientRect() : {left: at.x, bottom: at.y, top: at.y};
   const fits = spot.bottom + box.offsetHeight + 8 < innerHeight;
-  box.style.left = Math.max(8, Math.min(spot.left, document.documentElement.clientWidth - box.offsetWidth - 8)) + "px";
+  box.style.left = Math.max(8, Math.min(spot.left, document.body.clientWidth - box.offsetWidth - 8)) + "px";
   box.style.top = Math.max(8, fits ? spot.bottom + 4 : Math.max(8, spot.top - box.offsetHeight - 4)) + "px";
 }
 
@@ -29125,11 +29129,6 @@ const ACTIONS = [
    when: () => view.kind === "trash" && list.entries.length > 0, run: emptyTrash},
   {name: "download-all", label: "Download this folder", on: "place", bar: "past",
    when: () => (inFiles() || view.kind === "past") && list.entries.length > 0, run: () => downloadZip([])},
-  {name: "past", label: "See it as it was…", on: "items place", menu: true,
-   when: items => mayLookBack(items) && items[0]?.kind !== "file",
-   run: ([{path} = view]) => go(pastAddress("now", path))},
-  {name: "activity", label: "Activity", on: "items place", menu: true,
-   when: items => mayLookBack(items), run: ([{path} = view]) => go(activityAddress(path))},
   {name: "rewind", label: "Bring this time back", on: "place", bar: true,
    when: () => view.kind === "past" && isRewindable(), run: rewind},
   {name: "open", label: "Open", on: "items", menu: true, keys: "Enter",
@@ -29169,6 +29168,11 @@ const ACTIONS = [
    run: ([entry]) => editFile(entry)},
   {name: "versions", label: "Versions", on: "items",
    when: items => inTreeMay("past")(items) && oneFile(items), run: ([entry]) => go(versionsAddress(entry.path))},
+  {name: "past", label: "See it as it was…", on: "items place", menu: true,
+   when: items => mayLookBack(items) && items[0]?.kind !== "file",
+   run: ([{path} = view]) => go(pastAddress("now", path))},
+  {name: "activity", label: "Activity", on: "items place", menu: true,
+   when: items => mayLookBack(items), run: ([{path} = view]) => go(activityAddress(path))},
   {name: "star", label: "Star", on: "items", keys: "S",
    when: items => inTree() && !items.every(entry => entry.starred), run: items => star(items, true)},
   {name: "unstar", label: "Remove star", on: "items", keys: "S",
@@ -30119,6 +30123,8 @@ const ACTIVITY = {
   "account-add": "{who} made the account {name}",
   "account-password": "{who} changed the password of {name}",
   sync: "{who} synchronised {what}",
+  star: "{who} starred {what}",
+  unstar: "{who} took the star from {what}",
   lock: "{who} locked {what}",
   unlock: "{who} unlocked {what}",
   "unlock-of": "{who} ended the lock of {of} on {what}",

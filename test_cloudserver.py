@@ -25436,6 +25436,15 @@ def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1", user=None).json()["account"] is None and call("GET", "/api/v1").json()["account"] == "ann"
 
 
+def test_the_page_has_words_for_whatever_the_journal_says():
+    """An action without words would stand there as the program calls it."""
+    said = [(node.args[2:3] if getattr(node.func, "id", "") == "Line" else node.args[:1]) for node in nodes() if isinstance(node, ast.Call)
+            and (getattr(node.func, "id", "") == "Line" or getattr(node.func, "attr", "") == "batch")]
+    actions = {part.value for args in said for arg in args for part in ast.walk(arg) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+    worded = set(re.findall(r'^ +"?([\w-]+)"?: "', re.search(r"const ACTIVITY = \{(.*?)\};", cs.PAGE_SCRIPT, re.S)[1], re.M))
+    assert len(actions) > 25 and actions - worded <= {"copy-begin"}                  # which is not told
+
+
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
@@ -27225,6 +27234,9 @@ def test_browser_shows_a_page_at_an_address_where_nothing_is(page):
         page.size(1280, 800)
     page.click("To the files")
     page.sees("Nothing here yet")
+    page.click("More")                                       # a menu stands beside the room of the scroll bar
+    page.wait("const box = document.querySelector('.menu')?.getBoundingClientRect(); return box?.right > 1100 && box.right <= document.body.clientWidth")
+    page.press("Escape")
 
 
 @slow
