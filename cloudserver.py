@@ -8317,19 +8317,26 @@ def entries_now(where: str, columns: str = NODE, source: str = "entry e", kinds:
 
 
 @lru_cache(maxsize=64)
-def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: int = MOUNT, page: str = "") -> str:
+def entries_at(where: str, columns: str = NODE, ended: str = UNPURGED, kinds: int = MOUNT, page: str = "", source: str = "entry e") -> str:
     """The same as of :seq, in two parts, each of which has its index; of a page both are that long, for else all would be sorted for each."""
     where, columns = where + " AND e.kind < %d AND e.since <= :seq AND e.until " % kinds, columns.replace(NODE, NODE_AT)
-    parts = select_entries(where + "IS NULL", columns), select_entries(where + "> :seq" + ended, columns)
+    parts = select_entries(where + "IS NULL", columns, source), select_entries(where + "> :seq" + ended, columns, source)
     return " UNION ALL ".join("SELECT * FROM (" + part + page + ") AS p" if page else part for part in parts) + page
 
 
 @lru_cache(maxsize=64)
-def entries_named(count: int) -> str:
-    """A SELECT of what collections hold now by so many pairs of collection and key: each is searched for, in whatever order the database would begin."""
-    pairs = ", ".join(["(CAST(? AS BIGINT), CAST(? AS TEXT))"] + ["(?, ?)"] * (count - 1))
-    return "WITH wanted (parent, key) AS (VALUES " + pairs + ") " + entries_now(
-        "e.parent = w.parent AND e.key = w.key", source="wanted w CROSS JOIN entry e", kinds=MOUNT + 1)
+def values_as_w(count: int, *kinds: str) -> str:
+    """A source of so many rows w, whose columns column1, column2 and so on are of these kinds; values_of gives their values.
+
+    Followed by CROSS JOIN each is searched for, in whatever order the database would begin.
+    """
+    rows = ("(%s)" % ", ".join(":w%d_%d" % (n, at) if n else "CAST(:w0_%d AS %s)" % (at, kind) for at, kind in enumerate(kinds, 1)) for n in range(count))
+    return "(VALUES %s) AS w" % ", ".join(rows)
+
+
+def values_of(rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """The parameters of values_as_w: :w7_1 is in the first column of row 7."""
+    return {"w%d_%d" % (n, at): value for n, row in enumerate(rows) for at, value in enumerate(row, 1)}
 
 
 LINE = (  # a live node and what holds it, upwards: :node
@@ -8355,6 +8362,7 @@ PROPERTIES_OF = (  # of node :node and of what it holds now.  CROSS keeps the or
     "WHERE e.parent = :node AND e.until IS NULL UNION ALL SELECT node, :star, :starred FROM star WHERE account = :account AND node = :node UNION ALL "
     "SELECT s.node, :star, :starred FROM entry e CROSS JOIN star s ON s.account = :account AND s.node = e.node WHERE e.parent = :node AND e.until IS NULL")
 Seen = Callable[["Moment"], List["Grant"]]               # which mounts a Moment goes on at
+Missed = Callable[[Tuple[str, ...], CloudError], None]   # is told of what cannot be read, and of why
 SharedBy = Tuple[str, frozenset]  # of a mount: (its owner, the rights to it); ("", rights) of what within one another share adds rights to
 
 
@@ -8384,11 +8392,12 @@ class Moment:
         self._named: dict[tuple[int, str], Node | None] = {}             # {(collection, key): what it holds under that name}
         self._paths: dict[int, tuple[str, ...] | None] = {top: ()}
 
-    def select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", mounts: bool = False) -> Iterable[tuple[Any, ...]]:
+    def select(self, where: str, params: dict[str, Any], columns: str = NODE, tail: str = "", mounts: bool = False,
+               source: str = "entry e") -> Iterable[tuple[Any, ...]]:
         kinds = max(self.kinds, MOUNT + mounts)
         if self.seq is None:
-            return self.read(entries_now(where, columns, kinds=kinds) + tail, params)
-        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED, kinds, tail), {**params, "seq": self.seq})
+            return self.read(entries_now(where, columns, source, kinds) + tail, params)
+        return self.read(entries_at(where, columns, "" if self.purged else UNPURGED, kinds, tail, source), {**params, "seq": self.seq})
 
     @property
     def grants(self) -> dict[int, Grant]:
@@ -8421,6 +8430,22 @@ class Moment:
             node = self.child(node.node, key_of(name)) if node and node.kind else None
         return node
 
+    def look_at(self, paths: Collection[tuple[str, ...]]) -> None:
+        """Read what is at some paths from the top, level by level."""
+        for depth in range(max(map(len, paths), default=0) if len(paths) > 1 else 0):
+            longer = {path[:depth + 1] for path in paths if len(path) > depth}
+            above = {path: self.find(path) for path in {path[:-1] for path in longer}}
+            self.load_named([(above[path[:-1]].node, key_of(path[-1])) for path in longer if above[path[:-1]] and above[path[:-1]].kind])
+
+    def load_named(self, places: Collection[tuple[int, str]]) -> None:
+        """Read at once what some collections hold under some names, [(collection, key)]."""
+        for some in pieces(list(set(places).difference(self._named))):
+            self._named.update(dict.fromkeys(some))
+            for row in self.select("e.parent = w.column1 AND e.key = w.column2", values_of(some), mounts=bool(self.mounts),
+                                   source=values_as_w(len(some), "BIGINT", "TEXT") + " CROSS JOIN entry e"):
+                node = Node._make(row)
+                self._named[node.parent, key_of(node.name)] = next(iter(self.shown([node])), None)
+
     def children(self, id: int, floor: int = 0) -> Iterator[Node]:
         """What a collection holds, in the order of names; read some at a time, so that nobody slow keeps a snapshot open.
 
@@ -8451,14 +8476,13 @@ class Moment:
         found = {grant.mount: grant for grant in self.grants.values()}
         return [found[node.node].seen() if node.kind == MOUNT else node for node in nodes if node.kind != MOUNT or node.node in found]
 
-    def walk(self, id: int, path: tuple[str, ...] = (),
-             missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
+    def walk(self, id: int, path: tuple[str, ...] = (), missed: Missed | None = None, ahead: Ahead | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
         """(path, node) of everything below a collection, that at `path`, in the order of paths.
 
         missed   told of each collection that cannot be read, and of why; without it that ends the walk
         """
-        floor, ahead = self.floor_at(id), Ahead(self)
-        pending: list[tuple[tuple[str, ...], int, Iterator[Node], deque[Node]]] = [(path, floor, self.children(id, floor), deque())]
+        floor, ahead = self.floor_at(id), ahead or Ahead(self)
+        pending: list[tuple[tuple[str, ...], int, Iterator[Node], deque[Node]]] = [(path, floor, ahead.children(id, floor), deque())]
         while pending:
             above, floor, more, nodes = pending[-1]
             try:
@@ -8474,7 +8498,8 @@ class Moment:
             yield above + (node.name,), node
             if node.kind:
                 floor = self._grants[node.node].seq if self._grants and node.node in self._grants else floor
-                pending.append((above + (node.name,), floor, ahead.children(node.node, floor, nodes), deque()))
+                ahead.foresee(node.node, nodes)
+                pending.append((above + (node.name,), floor, ahead.children(node.node, floor), deque()))
 
     def line(self, id: int | None) -> Iterator[int]:
         """A node and what held it, upwards, even if that hung nowhere."""
@@ -8502,11 +8527,11 @@ class Moment:
             self._paths[one] = None if above is None else above + (self.node(one).name,)
         return self._paths[id]
 
-    def path_to(self, node: Node) -> tuple[str, ...] | None:
-        """The same of a live node that was read just now, and is not read again."""
-        if self._nodes:                                  # else all on the way are read at once
-            self._nodes.setdefault(node.node, node)
-        return self.path(node.node)
+    def place(self, nodes: Sequence[Node]) -> None:
+        """Read what holds some nodes that were read just now, and are not read again."""
+        if len(nodes) > 1 or self._nodes:                # else all on the way are read at once
+            self._nodes.update((node.node, node) for node in nodes if node.node not in self._nodes)
+            self.load([node.parent for node in nodes if node.parent is not None])
 
     def _parent(self, id: int) -> int | None:
         node = self.node(id)
@@ -8558,42 +8583,6 @@ class Moment:
                 self._nodes.update((node.node, node) for node in map(Node._make, self.select(*is_among("e.node", some))))
             ids = list({self._parent(id) for id in ids}.difference(self._nodes, [None]))
 
-    # ---- what belongs to a node and to its children, as it is now
-
-    def properties(self, node: Node, account: int = 0) -> dict[int, dict[str, str]]:
-        """Dead properties, and STAR of what an account marked: {node: {"{namespace}name": XML}}."""
-        found: dict[int, dict[str, str]] = {}
-        for id, name, value in self.read(PROPERTIES_OF, {"node": node.node, "account": account, "star": STAR, "starred": STARRED}):
-            found.setdefault(id, {})[name] = value
-        for some in pieces(list(self.grants)):
-            for id, name, value in self.read("SELECT node, name, value FROM property WHERE node IN (%s) UNION ALL SELECT node, ?, ? FROM star WHERE "
-                                             "account = ? AND node IN (%s)" % ((marks(some),) * 2), (*some, STAR, STARRED, account, *some)):
-                found.setdefault(id, {})[name] = value
-        return found
-
-    def digests(self, node: Node) -> dict[str, list[tuple[str, str]]]:
-        """Checksums of files: {manifest: [("sha1", hex), ...]}."""
-        found: dict[str, list[tuple[str, str]]] = {}
-        for manifest, kind, value in self.read(
-                "SELECT d.manifest, d.kind, d.value FROM digest d WHERE d.manifest = ? UNION SELECT d.manifest, d.kind, d.value "
-                "FROM entry e JOIN digest d ON d.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL", (node.manifest, node.node)):
-            found.setdefault(manifest, []).append((kind, value))
-        for some in pieces([grant.node.manifest for grant in self.grants.values() if not grant.node.kind]):
-            for manifest, kind, value in self.read("SELECT manifest, kind, value FROM digest WHERE manifest IN (" + marks(some) + ")", some):
-                found[manifest] = [*found.get(manifest, ()), *([(kind, value)] if (kind, value) not in found.get(manifest, ()) else ())]
-        return found
-
-    def pictured(self, node: Node) -> set[tuple[int, str]]:
-        """Which of the contents have a thumbnail: {(home, manifest)}."""
-        found = set(self.read(
-            "SELECT t.home, t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.home, t.manifest FROM entry e "
-            "JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
-            (node.home, node.manifest, node.node)))
-        for some in pieces([grant.node.node for grant in self.grants.values() if not grant.node.kind]):
-            found.update(self.read("SELECT t.home, t.manifest FROM entry e JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest "
-                                   "WHERE e.node IN (" + marks(some) + ") AND e.until IS NULL", some))
-        return found
-
 
 class Ahead:
     """What collections hold, read together of those that hold little."""
@@ -8601,11 +8590,24 @@ class Ahead:
     def __init__(self, moment: Moment) -> None:
         self.moment, self.known = moment, {}                 # {collection: what it holds}
 
-    def children(self, id: int, floor: int, following: Iterable[Node]) -> Iterator[Node]:
-        """As Moment.children; nodes that follow will be asked for soon."""
+    def walk_each(self, tops: Sequence[tuple[tuple[str, ...], Node]], missed: Missed | None = None) -> Iterator[tuple[tuple[str, ...], Node]]:
+        """As Moment.walk, of several nodes [(path, node)], one after the other; each comes before what it holds."""
+        self.moment.place([top for _, top in tops])
+        for at, (path, top) in enumerate(tops):
+            yield path, top
+            if top.kind:
+                if len(tops) > 1:
+                    self.foresee(top.node, (node for _, node in itertools.islice(tops, at + 1, at + PIECE)))
+                yield from self.moment.walk(top.node, path, missed, self)
+
+    def foresee(self, id: int, following: Iterable[Node]) -> None:
+        """What a collection holds will be asked for now, and that of nodes that follow soon."""
         if id not in self.known:
             with suppress(CloudError):                   # it is met again by who asks for that alone
                 self._look([id, *(node.node for node in following if node.kind and node.node not in self.known)])
+
+    def children(self, id: int, floor: int) -> Iterator[Node]:
+        """As Moment.children."""
         held = self.known.pop(id, None)
         return self.moment.children(id, floor) if held is None else iter(self.moment.shown(held, floor))
 
@@ -8644,6 +8646,47 @@ class Ahead:
                 continue
             yield from self.moment.children(*some) if found is None else self.moment.shown(list(itertools.chain.from_iterable(found.values())))
             at, count = at + len(some), min(PIECE, 2 * count)
+
+
+class Attached:
+    """What belongs to a node and to its children, as it is now."""
+
+    def __init__(self, now: Moment) -> None:
+        self.now = now
+
+    def properties(self, node: Node, account: int = 0) -> dict[int, dict[str, str]]:
+        """Dead properties, and STAR of what an account marked: {node: {"{namespace}name": XML}}."""
+        found: dict[int, dict[str, str]] = {}
+        for id, name, value in self.now.read(PROPERTIES_OF, {"node": node.node, "account": account, "star": STAR, "starred": STARRED}):
+            found.setdefault(id, {})[name] = value
+        for some in pieces(list(self.now.grants)):
+            for id, name, value in self.now.read("SELECT node, name, value FROM property WHERE node IN (%s) UNION ALL SELECT node, ?, ? FROM star WHERE "
+                                             "account = ? AND node IN (%s)" % ((marks(some),) * 2), (*some, STAR, STARRED, account, *some)):
+                found.setdefault(id, {})[name] = value
+        return found
+
+    def digests(self, node: Node) -> dict[str, list[tuple[str, str]]]:
+        """Checksums of files: {manifest: [("sha1", hex), ...]}."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for manifest, kind, value in self.now.read(
+                "SELECT d.manifest, d.kind, d.value FROM digest d WHERE d.manifest = ? UNION SELECT d.manifest, d.kind, d.value "
+                "FROM entry e JOIN digest d ON d.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL", (node.manifest, node.node)):
+            found.setdefault(manifest, []).append((kind, value))
+        for some in pieces([grant.node.manifest for grant in self.now.grants.values() if not grant.node.kind]):
+            for manifest, kind, value in self.now.read("SELECT manifest, kind, value FROM digest WHERE manifest IN (" + marks(some) + ")", some):
+                found[manifest] = [*found.get(manifest, ()), *([(kind, value)] if (kind, value) not in found.get(manifest, ()) else ())]
+        return found
+
+    def pictured(self, node: Node) -> set[tuple[int, str]]:
+        """Which of the contents have a thumbnail: {(home, manifest)}."""
+        found = set(self.now.read(
+            "SELECT t.home, t.manifest FROM thumbnail t WHERE t.home = ? AND t.manifest = ? UNION SELECT t.home, t.manifest FROM entry e "
+            "JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest WHERE e.parent = ? AND e.until IS NULL",
+            (node.home, node.manifest, node.node)))
+        for some in pieces([grant.node.node for grant in self.now.grants.values() if not grant.node.kind]):
+            found.update(self.now.read("SELECT t.home, t.manifest FROM entry e JOIN thumbnail t ON t.home = e.home AND t.manifest = e.manifest "
+                                   "WHERE e.node IN (" + marks(some) + ") AND e.until IS NULL", some))
+        return found
 
 
 class Stay(NamedTuple):
@@ -8708,14 +8751,6 @@ class Entries(Moment):
 
     kinds = MOUNT + 1
 
-    def load_named(self, places: Collection[tuple[int, str]]) -> None:
-        """Read at once what some collections hold under some names, [(collection, key)]."""
-        for some in pieces(list(set(places).difference(self._named))):
-            self._named.update(dict.fromkeys(some))
-            for row in self.read(entries_named(len(some)), list(itertools.chain.from_iterable(some))):
-                node = Node._make(row)
-                self._named[node.parent, key_of(node.name)] = node
-
 
 def above_top(read: Read, view: View) -> tuple[int, ...]:
     """What holds the collection that a device is limited to.  raises CloudError not-found if that is in the trash"""
@@ -8725,32 +8760,49 @@ def above_top(read: Read, view: View) -> tuple[int, ...]:
     return above
 
 
-def holders(read: Read, node: int) -> tuple[int, ...]:
-    """Ids of the collections that hold a live node."""
-    return Moment(read, node).above(node) or ()
+def holders(read: Read, nodes: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    """Ids of the collections that hold some live nodes, the root of each home first; () for what is not live."""
+    now, some = Moment(read, 0), list(nodes)
+    if len(some) == 1:
+        return {some[0]: now.above(some[0]) or ()}
+    now.load(some)
+    lines = {node: tuple(now.line(node)) for node in some}
+    return {node: line[:0:-1] if now.node(line[-1]) else () for node, line in lines.items()}
 
 
 class Locks:
-    """Which locks there are, and what they forbid (RFC 4918 s6, s7)."""
+    """Which locks there are, and what they forbid (RFC 4918 s6, s7).  It keeps what it read, so it is for the length of one verb."""
 
-    def __init__(self, db: Database, clock: Clock, mounts: Mounts) -> None:
-        self.db, self.clock, self.mounts = db, clock, mounts
+    def __init__(self, read: Read, clock: Clock, mounts: Mounts) -> None:
+        self.read, self.clock, self.mounts = read, clock, mounts
+        self._known: dict[int, list[Lock]] = {}              # {home: those in it}
+        self._above: dict[int, set[int]] = {}                # {what is locked: all that holds it}
 
     def of(self, place: Place) -> list[Lock]:
-        return self._standing(self.db.read, [place.view.home])
+        home = place.view.home
+        if home not in self._known:
+            self._known[home] = self._standing(self.read, [home])
+        return self._known[home]
 
     def _standing(self, read: Read, homes: Sequence[int]) -> list[Lock]:
         """The locks in some homes.  Who took one by what is shared with them has it as long as they may change something there (law 12 of sharing)."""
         locks = [Lock._make(row) for row in read(
             "SELECT l.token, l.home, l.node, l.account, l.deep, l.exclusive, l.owner, l.seconds, l.due, a.name FROM lock l LEFT JOIN account a ON a.id = l.account "
             "WHERE l.home IN (" + marks(homes) + ") AND l.due > ?", (*homes, self.clock.due()))]
-        rights = {account: self.mounts.rights_of(account, read) for account in {lock.account for lock in locks if lock.account != lock.home}}
-        return [lock for lock in locks if lock.account == lock.home
-                or not rights[lock.account]((*holders(read, lock.node), lock.node)).isdisjoint(CHANGES)]
+        guests = {lock.node: lock.account for lock in locks if lock.account != lock.home}
+        rights, above = {account: self.mounts.rights_of(account, read) for account in set(guests.values())}, holders(read, guests)
+        return [lock for lock in locks if lock.account == lock.home or not rights[lock.account]((*above[lock.node], lock.node)).isdisjoint(CHANGES)]
 
-    def covering(self, place: Place, locks: list[Lock]) -> list[Lock]:
+    def _below(self, place: Place, nodes: set[int]) -> list[Lock]:
+        """Those of what lies below some nodes in a home."""
+        locks = self.of(place)
+        unknown = [lock.node for lock in locks if lock.node not in self._above]
+        self._above.update((node, set(ids)) for node, ids in holders(self.read, unknown).items())
+        return [lock for lock in locks if nodes & self._above[lock.node]]
+
+    def covering(self, place: Place) -> list[Lock]:
         """The locks that hold the node at a place: its own, and deep ones from above."""
-        return [lock for lock in locks
+        return [lock for lock in self.of(place)
                 if place.node and lock.node == place.node.node or lock.deep and lock.node in place.chain]
 
     def check(self, who: Principal, place: Place, given: Preconditions, *, below: bool = False, member: bool | None = None) -> None:
@@ -8760,12 +8812,11 @@ class Locks:
         member   the parent gains or loses a member; None means: if there is no node yet
         """
         locks = self.of(place)
-        held = self.covering(place, locks)
+        held = self.covering(place)
         if (place.node is None if member is None else member) and place.chain:
             held += [lock for lock in locks if lock.node == place.parent and not lock.deep]
         if below and place.node:
-            held += [lock for lock in locks if lock.node != place.node.node and lock not in held
-                     and place.node.node in holders(self.db.read, lock.node)]
+            held += [lock for lock in self._below(place, {place.node.node}) if lock not in held]
         mine = {lock.token for lock in held if lock.account == who.person and lock.token in given.tokens}
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
@@ -8775,9 +8826,9 @@ class Locks:
     def check_conflict(self, who: Principal, place: Place, wanted: LockInfo) -> None:
         """raises CloudError lock-conflict, busy"""
         locks = self.of(place)
-        near = self.covering(place, locks)
+        near = self.covering(place)
         if wanted.deep and place.node:
-            near += [lock for lock in locks if place.node.node in holders(self.db.read, lock.node)]
+            near += self._below(place, {place.node.node})
         for lock in near:
             if wanted.exclusive or lock.exclusive:
                 raise CloudError("lock-conflict", "it is locked", path=self.mounts.seen_by(who).path(lock.node))
@@ -8795,8 +8846,8 @@ class Locks:
         if not place.locked:
             return []
         gone = {node.node for node in nodes}
-        return [Statement("DELETE FROM lock WHERE token = ?", (lock.token,)) for lock in self.of(place)
-                if lock.node in gone or gone & set(holders(self.db.read, lock.node))]
+        tokens = [(lock.token,) for lock in [*(lock for lock in self.of(place) if lock.node in gone), *self._below(place, gone)]]
+        return [Statement("DELETE FROM lock WHERE token = ?", tokens, many=True)] if tokens else []
 
     def near(self, now: Moment, node: Node) -> Callable[[Node], list[Lock]]:
         """Tells which locks hold the node or one of its children, what a mount shows among them."""
@@ -9515,7 +9566,6 @@ class Tree:
         self.config, self.db, self.clock, self.blobs = config, db, clock, blobs
         self.contents, self.space = Contents(db, clock, blobs), Space(db, clock, config, blobs.store)
         self.brake, self.allowance, self.mounts = Brake(db, clock), Allowance(db, clock), Mounts(db, clock)
-        self.locks = Locks(db, clock, self.mounts)
         self.lanes = Slots(2, "%d long operations of this account are under way already")
 
     def enter(self, who: Principal, path: tuple[str, ...], right: str | None = None, *, content: bool = False) -> Place:
@@ -9595,6 +9645,23 @@ class Tree:
         view = self.enter(who, path, right).view
         return view, path[bool(view.seq):]
 
+    def within_each(self, who: Principal, paths: Sequence[tuple[str, ...]], right: str | None = None) -> list[tuple[View, tuple[str, ...]]]:
+        """The same of many paths."""
+        if len(paths) == 1:
+            return [self.within(who, paths[0], right)]
+        return [(place.view, path[bool(place.view.seq):]) for place, path in zip(self.enter_each(who, paths, right), paths)]
+
+    def enter_each(self, who: Principal, paths: Sequence[tuple[str, ...]], right: str | None = None) -> list[Place]:
+        """As enter, of many paths; each as it is in what others shared, or was just now."""
+        if right:
+            view_of(who).need(right)
+        now = Draft(self, who)
+        now.look_at(paths)
+        places = list(map(now.enter, paths))
+        for place in places if right else ():
+            place.need(right)
+        return places
+
     def shared_at(self, who: Principal, path: tuple[str, ...]) -> View:
         """The view by which somebody goes back in what others shared at a path, or for () at home.  raises CloudError not-found"""
         place = self.enter(who, path, PAST)
@@ -9621,30 +9688,30 @@ class Tree:
         view = view_of(who)
         return Moment(read, view.top, seq, mounts=self.mounts.then(view, right) if view.whole else None)
 
-    def while_shared(self, who: Principal, then: Moment, top: Node, rows: Iterable[Any], every: float = 10) -> Iterator[Any]:
-        """Rows that somebody reads of a moment from a node on, with a look every so many seconds whether what they show is still shared (law 12).
+    def while_shared(self, who: Principal, then: Moment, tops: Sequence[Node], rows: Iterable[Any], every: float = 10) -> Iterator[Any]:
+        """Rows that somebody reads of a moment from some nodes on, with a look every so many seconds whether what they show is still shared (law 12).
 
         raises  CloudError gone if it is not; in the end also where history was shortened since this was called, so that something may be missing
                 among them
         """
-        known = max(then.seq or 0, self._shortened(who, then, top))
+        known = max(then.seq or 0, self._shortened(who, then, tops))
 
         def watched() -> Iterator[Any]:
             looked = time.monotonic()
             for row in rows:
                 if time.monotonic() - looked >= every:
-                    path, view, looked = then.path(top.node), view_of(who), time.monotonic()
-                    seen = {then.top, *(id for id, grant in then.grants.items() if not path or grant.name == path[0])} - {view.top}
+                    names, view, looked = {(then.path(top.node) or ("",))[0] for top in tops}, view_of(who), time.monotonic()
+                    seen = {then.top, *(id for id, grant in then.grants.items() if "" in names or grant.name in names)} - {view.top}
                     if seen and not seen <= {grant.node.node for grant in self.mounts.of(view.home).values()}:
                         raise CloudError("gone", "some of it is not shared any more")
                 yield row
-            if self._shortened(who, then, top) > known:
+            if self._shortened(who, then, tops) > known:
                 raise CloudError("gone", "history was shortened meanwhile; begin again")
         return watched()
 
-    def _shortened(self, who: Principal, then: Moment, top: Node) -> int:
-        """The newest seq up to which something may be gone that was there, in all homes that a moment shows something of from a node on."""
-        homes = [view_of(who).home, top.home, *then.homes()]
+    def _shortened(self, who: Principal, then: Moment, tops: Sequence[Node]) -> int:
+        """The newest seq up to which something may be gone that was there, in all homes that a moment shows something of from some nodes on."""
+        homes = sorted({view_of(who).home, *(top.home for top in tops), *then.homes()})
         return self.db.read("SELECT max(fed) FROM account WHERE id IN (" + marks(homes) + ")", homes)[0][0] or 0
 
     def _is_collection(self, node: int) -> bool:
@@ -9655,6 +9722,11 @@ class Tree:
         batch = self.space.pay(Batch(list(body)), place.view.home, place.quota, price)
         if batch.body:
             self.db.write_once(batch, CloudError("over-quota", OVERSPENT))
+
+    @property
+    def locks(self) -> Locks:
+        """As they are now, for one verb."""
+        return Locks(self.db.read, self.clock, self.mounts)
 
     def lane(self, who: Principal) -> ContextManager[None]:
         """A lane for long work, some at a time for each account (Q3)."""
@@ -10032,7 +10104,7 @@ class Plan:
         as_of   the seq of what it is decided on: nothing else may have happened in the home by the end
         since   that of Draft
         """
-        self.tree, self.who, self.held, self.as_of = tree, who, held, as_of
+        self.tree, self.who, self.held, self.as_of, self.locks = tree, who, held, as_of, tree.locks
         self.now = Draft(tree, who, since)
         self.guards: list[Statement] = []
         self.alone: dict[Statement, bool] = {}       # guards that say that no other device did anything: do they hold?
@@ -10220,7 +10292,7 @@ class Plan:
         if is_taken and clash == "keep":
             there, is_taken = self.now.beside(there, target[-1]), False
         if there.locked:
-            self.tree.locks.check(self.who, there, given, below=True, member=True)
+            self.locks.check(self.who, there, given, below=True, member=True)
         if is_taken and (clash != "replace" or there.is_top):           # nothing replaces what is shared with somebody
             raise CloudError("precondition-failed", "there is something at the destination", there=there.node)
         return there, there.rest[-1] if there.rest else target[-1]
@@ -10249,7 +10321,7 @@ class Plan:
         """Check conditions and locks for a change of what is at a path, or of what shall be there; `how` is for Locks.check."""
         self.check_conditions(place, path, given)
         if place.locked:
-            self.tree.locks.check(self.who, place, given, **how)
+            self.locks.check(self.who, place, given, **how)
 
     def _admit_removal(self, place: Place, path: tuple[str, ...], given: Preconditions) -> None:
         """What must hold for a node to leave its place."""
@@ -10290,7 +10362,7 @@ class Plan:
     def _holds(self, path: tuple[str, ...], other: tuple[str, ...] | None, conditions: tuple[tuple[bool, str, str], ...]) -> bool:
         """Does one list of an If field hold for its resource (RFC 4918 s10.4.3)?"""
         place = self.now.enter(path if other is None else other)
-        tokens = {lock.token for lock in self.tree.locks.covering(place, self.tree.locks.of(place))} if place.locked else set()
+        tokens = {lock.token for lock in self.locks.covering(place)} if place.locked else set()
         etag = place.node.etag if place.node else None
         if not all(wanted == (value in tokens if kind == "token" else value == etag) for wanted, kind, value in conditions):
             return False
@@ -10344,7 +10416,7 @@ class Plan:
                                after.manifest, 0 if after.kind else after.size, after.mtime, after.media, after.rev or None))
         body = put_together(rows) if len(changes) > 1 else [*rows]
         if gone:
-            body += self.tree.locks.drop(place, *gone)
+            body += self.locks.drop(place, *gone)
         if self.who.means == "link":
             guard, count = self.tree.allowance.count(self.who, changes)
             guards.append(guard)
@@ -10488,7 +10560,7 @@ TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the nu
 #
 # Files and collections as they are now: reading, writing, moving, copying, properties, locks; pictures of them; what is found.
 
-COPIED = entries_at("e.parent = :parent", "e.node, e.kind, e.name, e.key, e.manifest, e.size, e.mtime, e.media")
+COPIED = "e.parent, e.node, e.kind, e.name, e.key, e.manifest, e.size, e.mtime, e.media"          # of what collections held as of a seq
 
 
 @dataclass(eq=False)
@@ -10540,16 +10612,20 @@ class Copies:
 
     def _measure(self, node: int, copy: int, deep: bool) -> CopiedCollection:
         """Find the collections below and sum up what they hold, without recursion."""
-        order = [CopiedCollection(node, copy)]
-        for one in order if deep else ():
-            where = {"parent": one.node, "seq": self.seq}
-            (one.count, one.size), = self.db.read("SELECT count(*), coalesce(sum(size), 0) FROM (" + COPIED + ") AS copied WHERE kind = 0", where)
-            one.files, one.first = one.count, self.db.new_ids(one.count)
-            for child, *about in self.db.read("SELECT node, name, key, mtime FROM (" + COPIED + ") AS copied WHERE kind = 1", where):
-                order.append(CopiedCollection(child, self.db.new_id(), one))
-                one.below.append((order[-1].copy, *about))
+        order, done = [CopiedCollection(node, copy)], 0
+        while deep and done < len(order):                # level by level
+            some = {one.node: one for one in order[done:done + PIECE]}
+            done += len(some)
+            copied, where = self._copied(some)
+            for parent, count, size in self.db.read("SELECT parent, count(*), sum(size) FROM (" + copied + ") AS copied WHERE kind = 0 GROUP BY parent", where):
+                one = some[parent]
+                one.count, one.files, one.size, one.first = count, count, size, self.db.new_ids(count)
+                self.rows += count
+            for parent, child, *about in self.db.read("SELECT parent, node, name, key, mtime FROM (" + copied + ") AS copied WHERE kind = 1", where):
+                order.append(CopiedCollection(child, self.db.new_id(), some[parent]))
+                some[parent].below.append((order[-1].copy, *about))
                 self._pairs.append((child, order[-1].copy))
-            self.rows += one.count + len(one.below)
+                self.rows += 1
             if self.rows > COPY_LIMIT:
                 raise CloudError("too-many", "a copy may have %d files; copy parts" % COPY_LIMIT)
         for one in reversed(order[1:]):
@@ -10562,14 +10638,20 @@ class Copies:
         properties = sum(size for some in pieces(self._pairs) for size, in self.db.read(
             "SELECT coalesce(sum(length(name) + length(value)), 0) FROM property WHERE node IN (" + marks(some) + ")",
             [node for node, _ in some])) if self._has_properties else 0
-        properties += sum(size for one in self._parts for size, in self.db.read(
-            "SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM (" + COPIED + ") c JOIN property p ON p.node = c.node "
-            "WHERE c.kind = 0", {"parent": one.node, "seq": self.seq})) if self._has_properties else 0
+        for some in pieces([one.node for one in self._parts if one.count]) if self._has_properties else ():
+            copied, where = self._copied(some)
+            properties += self.db.read("SELECT coalesce(sum(length(p.name) + length(p.value)), 0) FROM (" + copied + ") c JOIN property p ON p.node = c.node "
+                                       "WHERE c.kind = 0", where)[0][0]
         return self.rows * ROW + properties
+
+    def _copied(self, nodes: Collection[int]) -> tuple[str, dict[str, int]]:
+        """A SELECT of what some collections held, each as often as it is named, and its parameters."""
+        source = values_as_w(len(nodes), "BIGINT") + " CROSS JOIN entry e"
+        return entries_at("e.parent = w.column1", COPIED, source=source), {**values_of((node,) for node in nodes), "seq": self.seq}
 
     def statements(self) -> list[Statement]:
         """All rows but the entries of the tops, which the batch is about."""
-        return [*(statement for one in self._parts for body in self._steps(one, None, one.count) for statement in body),
+        return [*(statement for some in self._together() for body in self._steps(some, None) for statement in body),
                 *self._sums(self._parts, None), *self._properties()]
 
     def write_below(self, who: Principal, tops: Sequence[Node], alive: Callable[[], None]) -> list[Statement]:
@@ -10582,67 +10664,88 @@ class Copies:
                                             line=Line(self.home, who, "copy-begin", {}))).seq
         ours = Statement("SELECT 'growing' WHERE NOT EXISTS (SELECT 1 FROM growing WHERE node = ?)", growing[0][:1])
         whole: list[Statement] = []                          # guards: the collections that are done are as large as they were
-        for some in self._batches(since):
+        for statements, done in self._batches(since):
             alive()
-            self.db.write_once(Batch([statement for statements, _ in some for statement in statements], [ours, *whole]),
-                               CloudError("conflict", "what is copied was given up meanwhile"))
-            whole = [guard for _, guard in some if guard]
+            self.db.write_once(Batch(statements, [ours, *whole]), CloudError("conflict", "what is copied was given up meanwhile"))
+            whole = done
         return [Statement("DELETE FROM growing WHERE node = ?", [(top.node,) for top in tops], many=True)]
 
-    def _batches(self, since: int) -> Iterator[list[tuple[list[Statement], Statement | None]]]:
-        """All steps, gathered into batches of about COPY_STEP rows: [(statements, guard when a collection is done), ...]."""
-        some, rows = [], 0
-        for one in self._parts:
-            guard = Statement("SELECT 'lost' WHERE (SELECT count(*) FROM entry WHERE parent = ? AND until IS NULL) <> ?",
-                              (one.copy, one.count + len(one.below)))
-            for statements in self._steps(one, since, COPY_STEP):
-                some.append((statements, None))
-                rows += min(COPY_STEP, max(one.count, len(one.below)))
-                if rows >= COPY_STEP:
-                    yield some
-                    some, rows = [], 0
-            some.append(([], guard))
-        yield some
+    def _batches(self, since: int) -> Iterator[tuple[list[Statement], list[Statement]]]:
+        """All steps: (statements of a batch, guards for the next one when collections are done)."""
+        for some in self._together():
+            held = [(one.copy, one.count + len(one.below)) for one in some]
+            is_whole = Statement("SELECT 'lost' FROM " + values_as_w(len(held), "BIGINT", "BIGINT") + " WHERE (SELECT count(*) FROM entry "
+                                 "WHERE parent = w.column1 AND until IS NULL) <> w.column2 LIMIT 1", values_of(held))
+            before, *others = itertools.chain(self._steps(some, since), [None])
+            for step in others:
+                yield before, [] if step else [is_whole]
+                before = step
         for parts in pieces(self._parts[::-1], COPY_STEP):       # a sum after those that are in it
-            yield [(self._sums(parts, since), None)]
-        yield [(self._properties(), None)]
+            yield self._sums(parts, since), []
+        yield self._properties(), []
 
-    def _steps(self, one: CopiedCollection, since: int | None, step: int) -> Iterator[list[Statement]]:
-        """The entries of what a collection holds, so many at a time."""
-        values = {"parent": one.node, "seq": self.seq, "home": self.home, "account": self.account, "copy": one.copy, "since": since, "after": ""}
-        for done in range(0, one.count, max(1, step)):
-            piece = {**values, "first": one.first + (done << 12), "count": step}
-            yield [Statement(sql, piece) for sql, is_needed in (
-                (COPY_FILES, True), (COPY_PROPERTIES, self._has_properties), (COPY_STARS, self._has_stars)) if is_needed]
-            for last, in self.db.read("SELECT key FROM (" + COPIED + ") AS copied WHERE kind = 0 AND key > :after ORDER BY key LIMIT 1 OFFSET :step",
-                                      {**values, "step": step - 1}) if done + step < one.count else ():
-                values["after"] = last
-        if one.below:
-            yield [Statement("INSERT INTO entry (home, since, node, parent, name, key, kind, size, mtime, rev) SELECT ?1, coalesce(?2, s), ?3, ?4, "
-                             "?5, ?6, 1, 0, ?7, coalesce(?2, s) FROM (SELECT max(seq) AS s FROM journal) AS newest",
-                             [(self.home, since, copy, one.copy, name, key, mtime) for copy, name, key, mtime in one.below], many=True)]
+    def _together(self) -> Iterator[list[CopiedCollection]]:
+        """Collections, some at a time that hold no more than COPY_STEP rows of a kind together, or one that holds more."""
+        some, files, below = [], 0, 0
+        for one in self._parts:
+            files, below = files + one.count, below + len(one.below)
+            if some and (len(some) == PIECE or max(files, below) > COPY_STEP):
+                yield some
+                some, files, below = [], one.count, len(one.below)
+            some.append(one)
+        yield some
+
+    def _steps(self, some: list[CopiedCollection], since: int | None) -> Iterator[list[Statement]]:
+        """The entries of what some collections hold; of a large one so many at a time."""
+        rows, count = [(one.node, one.copy, one.first) for one in some if one.count], sum(one.count for one in some)
+        below = [(self.home, since, copy, one.copy, name, key, mtime) for one in some for copy, name, key, mtime in one.below]
+        values = {"seq": self.seq, "home": self.home, "account": self.account, "since": since, "after": "", "count": COPY_STEP}
+        for done in range(0, max(1, count), COPY_STEP):
+            piece = {**values, **values_of((node, copy, first + (done << 12)) for node, copy, first in rows)}
+            body = [Statement(copying(sql, len(rows)), piece) for sql, is_needed in (
+                (COPY_FILES, True), (COPY_PROPERTIES, self._has_properties), (COPY_STARS, self._has_stars)) if is_needed] if rows else []
+            if done + COPY_STEP < count:
+                copied, where = self._copied([rows[0][0]])
+                (values["after"],), = self.db.read("SELECT key FROM (" + copied + ") AS copied WHERE kind = 0 ORDER BY key LIMIT 1 OFFSET :step",
+                                                   {**where, "step": done + COPY_STEP - 1})
+            elif below:
+                body.append(Statement(
+                    "INSERT INTO entry (home, since, node, parent, name, key, kind, size, mtime, rev) SELECT ?1, coalesce(?2, s), ?3, ?4, "
+                    "?5, ?6, 1, 0, ?7, coalesce(?2, s) FROM (SELECT max(seq) AS s FROM journal) AS newest", below, many=True))
+            if body:
+                yield body
 
     def _sums(self, parts: Sequence[CopiedCollection], since: int | None) -> list[Statement]:
-        return [Statement("INSERT INTO collection (node, seq, size, files) SELECT ?1, coalesce(?2, max(seq)), ?3, ?4 FROM journal",
+        return [Statement("INSERT INTO collection (node, seq, size, files) SELECT ?, coalesce(?, s), ?, ? FROM (SELECT max(seq) AS s FROM journal) AS newest",
                           [(one.copy, since, one.size, one.files) for one in parts], many=True)]
 
     def _properties(self) -> list[Statement]:
-        return [*([Statement("INSERT INTO property (node, name, value) SELECT ?2, name, value FROM property WHERE node = ?1", self._pairs,
-                             many=True)] if self._has_properties else ()),
-                *([Statement("INSERT INTO star (account, node) SELECT account, ?2 FROM star WHERE node = ?1 AND account = ?3",
-                             [(*pair, self.account) for pair in self._pairs], many=True)] if self._has_stars else ())]
+        """What tops and collections bear."""
+        return [Statement(sql % values_as_w(len(some), "BIGINT", "BIGINT"), {**values_of(some), "account": self.account}) for sql, is_needed in (
+            ("INSERT INTO property (node, name, value) SELECT w.column2, p.name, p.value FROM %s JOIN property p ON p.node = w.column1", self._has_properties),
+            ("INSERT INTO star (account, node) SELECT s.account, w.column2 FROM %s JOIN star s ON s.node = w.column1 WHERE s.account = :account", self._has_stars))
+            if is_needed for some in pieces(self._pairs)]
 
 
 COPY_STEP = 2_000               # rows that a copy writes in one batch
 COPY_TIME = HOUR                # a copy that takes longer was given up
-NEXT_FILES = (  # of a collection as of a seq, and the ids of their copies
-    "SELECT *, :first + (row_number() OVER (ORDER BY key) - 1) * 4096 AS copy FROM (" + COPIED + ") AS copied WHERE kind = 0 AND key > :after "
-    "ORDER BY key LIMIT :count")
+NEXT_FILES = (  # of collections w (node, copy, id of the copy of its first file) as of a seq, and the ids of their copies
+    "SELECT *, first + (row_number() OVER (PARTITION BY above ORDER BY key) - 1) * 4096 AS copy FROM ({copied}) AS copied WHERE kind = 0 "
+    "ORDER BY above, key LIMIT :count")
 COPY_FILES = (
     "INSERT INTO entry (home, since, node, parent, name, key, kind, manifest, size, mtime, media, rev) SELECT :home, coalesce(:since, s), copy, "
-    ":copy, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + ") AS files, (SELECT max(seq) AS s FROM journal) AS newest")
+    "above, name, key, kind, manifest, size, mtime, media, coalesce(:since, s) FROM (" + NEXT_FILES + ") AS files, (SELECT max(seq) AS s FROM journal) AS newest")
 COPY_PROPERTIES = "INSERT INTO property (node, name, value) SELECT c.copy, p.name, p.value FROM (" + NEXT_FILES + ") c JOIN property p ON p.node = c.node"
 COPY_STARS = "INSERT INTO star (account, node) SELECT account, c.copy FROM (" + NEXT_FILES + ") c JOIN star s ON s.account = :account AND s.node = c.node"
+
+
+@lru_cache(maxsize=64)
+def copying(sql: str, count: int) -> str:
+    """One of these statements, for so many collections."""
+    return sql.format(copied=entries_at("e.parent = w.column1 AND e.key > :after", COPIED + ", w.column2 AS above, w.column3 AS first",
+                                        source=values_as_w(count, "BIGINT", "BIGINT", "BIGINT") + " CROSS JOIN entry e"))
+
+
 LOCKS_MOST = 1000               # that somebody holds at a time
 
 
@@ -10676,7 +10779,7 @@ def is_in_the_way(plan: Plan, place: Place, collection: bool) -> bool:
     node = place.node
     if node is None:
         return plan.tree.windows_twin(place) is not None
-    return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in plan.tree.locks.of(place))
+    return not (collection and node.kind) or place.locked and any(lock.node == node.node for lock in plan.locks.of(place))
 
 
 class Standing(NamedTuple):
@@ -10754,7 +10857,7 @@ class Held:
             place.need(READ)
             place.need(*CHANGES)
             node = place.found()
-            lock = next(filter(wanted, self.tree.locks.covering(place, self.tree.locks.of(place))), None)
+            lock = next(filter(wanted, self.tree.locks.covering(place)), None)
             if lock is None:
                 raise missing
             if not may_end(lock, place.view):
@@ -10854,7 +10957,7 @@ class Files:
 
     def taken(self, who: Principal, *paths: tuple[str, ...]) -> list[tuple[tuple[str, ...], Node]]:
         """Those of some paths at which there is something, and what."""
-        return [(path, shown(place, path)) for path, place in zip(paths, enter_each(self.tree, who, paths)) if place.node]
+        return [(path, shown(place, path)) for path, place in zip(paths, self.tree.enter_each(who, paths, READ)) if place.node]
 
     def checksum(self, who: Principal, path: tuple[str, ...], kind: str, alive: Callable[[], None] = unwatched) -> tuple[Node, str]:
         """A file and its checksum of a kind ("sha1"), computed if it is not known, and then kept."""
@@ -11012,7 +11115,7 @@ class Files:
     def _measure(self, who: Principal, act: CopyTask) -> tuple[Copies, list[Node], list[Node | None]]:
         """What there is to copy, and the tops of the copies; None for what can be moved."""
         there = self.tree.enter(who, act.pairs[0][1])
-        copies, here = Copies(self.db, there.view.home, who.person), enter_each(self.tree, who, [source for source, _ in act.pairs])
+        copies, here = Copies(self.db, there.view.home, who.person), self.tree.enter_each(who, [source for source, _ in act.pairs], READ)
         nodes = [shown(place, source) for place, (source, _) in zip(here, act.pairs)]
         tops = [None if act.ends and (place.is_top or node.home == copies.home) else copies.measure(node, act.deep) for place, node in zip(here, nodes)]
         self.tree.store(there, price=copies.cost())
@@ -11054,11 +11157,11 @@ class Files:
             self.tree.check_place(place, path)
             plan.check_conditions(place, path, given)
             if place.locked:
-                self.tree.locks.check_conflict(who, place, wanted)
+                plan.locks.check_conflict(who, place, wanted)
             node, home, now = place.node, place.view.home, self.clock.due()
             if node is None:
                 if place.locked:
-                    self.tree.locks.check(who, place, given)
+                    plan.locks.check(who, place, given)
                 self.tree.space.check(place, 0, 1)
                 node = plan.put(place, empty, self.clock.wall()).after
                 plan.rows += self.tree.contents.rows(empty)
@@ -11077,7 +11180,7 @@ class Files:
         """Start the time of a lock anew.  raises CloudError precondition-failed if none of the tokens holds the node"""
         def attempt() -> Batch:
             place = self.tree.enter(who, path, READ)
-            lock = next((lock for lock in self.tree.locks.covering(place, self.tree.locks.of(place))
+            lock = next((lock for lock in self.tree.locks.covering(place)
                          if lock.token in tokens and lock.account == who.person), None)
             if lock is None:
                 raise CloudError("precondition-failed", "there is no such lock on this")
@@ -11163,16 +11266,6 @@ def new_lock_token() -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     import uuid
     return uuid.uuid4().urn
-
-
-def enter_each(tree: Tree, who: Principal, paths: Sequence[tuple[str, ...]]) -> list[Place]:
-    """As Tree.enter, to read what is there."""
-    now = Draft(tree, who)
-    now.look_at(paths)
-    places = list(map(now.enter, paths))
-    for place in places:
-        place.need(READ)
-    return places
 
 
 def shown(place: Place, path: tuple[str, ...]) -> Node:
@@ -11299,16 +11392,20 @@ class Search:
         hits, more, seen, here = [], False, set(), self.tree.mounts.seen_by(who)
         homes = (place.view.home,) if path else (place.view.home, *here.homes())
         with nullcontext() if query.words else self.tree.lane(who):         # without words everything is looked at
-            for node, inside in self._hits(homes, query, here, alive):
-                if node.node in seen or not fits(query, node):
-                    continue
-                seen.add(node.node)
-                where = here.path_to(node)
-                if where is not None and where[:len(path)] == path and len(where) > len(path):
-                    more = len(hits) == limit
-                    if more:
-                        break
-                    hits.append((where, node, inside))
+            fitting = (hit for hit in self._hits(homes, query, here, alive) if fits(query, hit[0]))
+            while not more:
+                some = list(itertools.islice(fitting, min(PIECE, max(SNIPPETS, limit + 1 - len(hits)))))
+                here.place([node for node, _ in some])
+                for node, inside in some:
+                    where = here.path(node.node) if node.node not in seen else None
+                    seen.add(node.node)
+                    if where is not None and where[:len(path)] == path and len(where) > len(path):
+                        more = len(hits) == limit
+                        if more:
+                            break
+                        hits.append((where, node, inside))
+                if not some:
+                    break
         return [found for some in pieces(hits, SNIPPETS) for found in self._with_snippets(some, query.words)], more
 
     def _hits(self, homes: Iterable[int], query: Query, here: Moment, alive: Callable[[], None]) -> Iterator[tuple[Node, bool]]:
@@ -11810,19 +11907,28 @@ class History:
         names    only these members; a single file as `path` gives itself, with the path ()
         """
         right, seq = (READ, self.journal.head()) if seq is None else (PAST, seq)
-        first = [(name, *self._as_of(self.db.read, who, path + name, seq, right)) for name in names or [()]]
-        return itertools.chain.from_iterable([self.tree.while_shared(who, one[2], one[1], self._with_contents([one])) for one in first])
+        names, wanted = names or [()], {}
+        for name, (view, below) in zip(names, self.tree.within_each(who, [path + name for name in names], right)):
+            wanted.setdefault(view.top, (view, []))[1].append((name, below))
+        self.journal.check_reach(seq)
+        return itertools.chain.from_iterable([self._walk(who, self.tree.as_of(self.db.read, view.who, seq, right), some) for view, some in wanted.values()])
 
-    def own(self, who: Principal, missed: Callable[[tuple[str, ...], CloudError], None]) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+    def _walk(self, who: Principal, then: Moment, wanted: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> Iterator[Any]:
+        """The same of some places in one view, [(what to call it, path from its top)]."""
+        then.look_at([below for _, below in wanted])
+        tops = [(name, found_at(then, below)) for name, below in wanted]
+        return self.tree.while_shared(who, then, [top for _, top in tops], self._with_contents(then, tops))
+
+    def own(self, who: Principal, missed: Missed) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """The same of all that belongs to an account, without what others shared; `missed` is told of each path that cannot be read, and of why."""
         top = self.tree.enter(who, (), READ).found()
         then = Moment(self.db.read, top.node, self.journal.head())
-        return self.tree.while_shared(who, then, top, self._with_contents([((), top, then)], missed))
+        return self.tree.while_shared(who, then, [top], self._with_contents(then, [((), top)], missed))
 
-    def _with_contents(self, first: list[tuple[tuple[str, ...], Node, Moment]],
-                       missed: Callable[[tuple[str, ...], CloudError], None] | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
-        nodes = itertools.chain.from_iterable(itertools.chain(
-            [(path, top)] if path or not top.kind else (), then.walk(top.node, path, missed) if top.kind else ()) for path, top, then in first)
+    def _with_contents(self, then: Moment, tops: Sequence[tuple[tuple[str, ...], Node]],
+                       missed: Missed | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
+        """(path, node, bytes) of some nodes and of all below them; of a collection without a path only that."""
+        nodes = (one for one in Ahead(then).walk_each(tops, missed) if one[0] or not one[1].kind)
         while True:
             some = list(itertools.islice(nodes, CONTENTS))
             chunks = self.tree.contents.single_chunks([node.manifest for _, node in some if not node.kind])
@@ -11865,10 +11971,7 @@ class History:
 
     def past_node(self, then: Moment, path: tuple[str, ...]) -> Node:
         self.journal.check_reach(then.seq)
-        node = then.find(path)
-        if node is None:
-            raise CloudError("not-found", "there was nothing at this path")
-        return node
+        return found_at(then, path)
 
     def past_content(self, who: Principal, path: tuple[str, ...], seq: int) -> tuple[Node, Content]:
         """A file as it was at a path as of a seq."""
@@ -11968,14 +12071,20 @@ class History:
         made anew.  raises CloudError not-found, gone
         """
         view, _ = self.tree.within(who, paths[0] if paths else (), PAST)
-        paths = tuple(outermost(self._below(who, view, path) for path in paths))
+        ways = self.tree.within_each(who, paths)
+        if any(there.top != view.top for there, _ in ways):
+            raise CloudError("another-home", "these belong to different people; bring them back one by one")
+        self.journal.check_reach(seq)
+        paths = tuple(outermost(below for _, below in ways))
         with lasting(self.db) as (read, head):
             span = Span(Moment(read, view.top, seq), Moment(read, view.top, head))
-            nodes = [self.past_node(span.then, path) for path in paths]
+            span.then.look_at(paths)
+            nodes = [found_at(span.then, path) for path in paths]
             chosen = {node.node for node in nodes}
 
             def choose(span: Span) -> tuple[list[int], int]:
                 then, now = span.then, span.now
+                span.load(chosen)                            # not all of them were touched
                 inside = lambda id: any(above in chosen for above in then.line(id))
                 touched = [id for id in {*chosen, *span.touched(view.home)} if id != now.top and any(map(inside, now.line(id)))]
                 mine = [id for id in touched if span.differs(id) or not then.here(id) and now.node(id)]
@@ -11984,15 +12093,10 @@ class History:
 
             if not choose(span)[0]:
                 return 0, 0
-        lost = [path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and self.tree.mounts.seen_by(view.who).path(node.parent) is None]
+        here = self.tree.mounts.seen_by(view.who)
+        here.load(node.parent for node in nodes)
+        lost = list(dict.fromkeys(path[:-1] for path, node in zip(paths, nodes) if len(path) > 1 and here.path(node.parent) is None))
         return self._revert(view, (), seq, choose, ("rewind", {"path": [paths[0]], "to": seq}), lost)
-
-    def _below(self, who: Principal, view: View, path: tuple[str, ...]) -> tuple[str, ...]:
-        """A path from the top of a view.  raises CloudError another-home if it leads elsewhere"""
-        there, below = self.tree.within(who, path)
-        if there.top != view.top:
-            raise CloudError("another-home", "these belong to different people; bring them back one by one")
-        return below
 
     def _may_bring_back(self, view: View, span: Span, ids: list[int]) -> list[int]:
         """Which of some nodes may be changed by going back?  Only those that lie, or died, below the top of the view, and lay nowhere else then."""
@@ -12059,9 +12163,10 @@ class History:
                 place = plan.now.enter(path)
                 top = place.found().node
                 if place.locked:
-                    self.tree.locks.check(who, place, ANY, below=True)
+                    plan.locks.check(who, place, ANY, below=True)
                 span = Span(Moment(read, top, seq), Moment(read, top, now))
                 chosen, told = choose(span)
+                plan.now.look_at(lost)
                 for one in lost:
                     plan.collection_at(one)
                 self._reverse(plan, span, chosen)
@@ -12122,6 +12227,14 @@ class History:
                 plan.restore(old, node, old.parent)
             stuck = 0
         return {(node.parent, key_of(node.name)) for node in pending}
+
+
+def found_at(then: Moment, path: tuple[str, ...]) -> Node:
+    """The node that was at a path.  raises CloudError not-found"""
+    node = then.find(path)
+    if node is None:
+        raise CloudError("not-found", "there was nothing at this path")
+    return node
 
 
 class Versions:
@@ -13378,7 +13491,7 @@ class Sync:
             top = self.history.past_node(self.tree.as_of(read, who, seq, right), path)
         then, rights = self.tree.as_of(self.db.read, who, seq, right), view_of(who).rights
         places = self._places(then.walk(top.node, path), chunks, lambda node: then.shared_by(node.node, rights))
-        return seq, top, self.tree.while_shared(who, then, top, places)
+        return seq, top, self.tree.while_shared(who, then, [top], places)
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool, shared: Callable[[Node], SharedBy | None]) -> Iterator[Listed]:
         while True:
@@ -14195,7 +14308,7 @@ class Cloud:
         self.accounts = Accounts(self.db, self.clock, self.credentials)
         self.groups, self.devices = Groups(self.db, self.clock, self.accounts), Devices(self.db, self.clock, self.credentials)
         self.tree = tree = Tree(config, self.db, self.clock, self.blobs)
-        self.contents, self.space, self.locks, self.brake = tree.contents, tree.space, tree.locks, tree.brake
+        self.contents, self.space, self.brake = tree.contents, tree.space, tree.brake
         self.files, self.journal = Files(tree), Journal(tree)
         self.history, self.versions = History(tree, self.journal, self.files), Versions(tree, self.files)
         self.feed = Feed(tree, self.journal)
@@ -14207,6 +14320,10 @@ class Cloud:
     def close(self) -> None:
         self.blobs.lane.shutdown(wait=True)
         self.db.close()
+
+    @property
+    def locks(self) -> Locks:
+        return self.tree.locks
 
     @property
     def epoch(self) -> str:
@@ -17142,8 +17259,9 @@ class About:
         self.who, self.href, self.home, self.mine = who, href, view_of(who).home, Standing(view_of(who).rights, who.owner or None)
         self.tag_at = cloud.journal.tag_at
         self._fetch = {"standing": lambda: cloud.files.standing(who, now), "room": lambda: lru_cache(maxsize=None)(cloud.files.room),
-                       "quota": lambda: cloud.files.quota(who), "digests": lambda: now.digests(node), "dead": lambda: now.properties(node, who.person),
-                       "pictured": lambda: now.pictured(node), "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
+                       "quota": lambda: cloud.files.quota(who), "digests": lambda: Attached(now).digests(node),
+                       "dead": lambda: Attached(now).properties(node, who.person), "pictured": lambda: Attached(now).pictured(node),
+                       "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
                        "lock_root": lambda: lru_cache(maxsize=None)(partial(cloud.locks.root, who)), "given": lambda: cloud.sharing.given_by(who)}
 
     def __getattr__(self, name: str) -> Any:
