@@ -8751,6 +8751,10 @@ class Entries(Moment):
 
     kinds = MOUNT + 1
 
+    def know(self, now: Moment) -> None:
+        """Take over what another one read, for whom nothing has changed since."""
+        self._nodes.update((id, node) for id, node in now._nodes.items() if node)
+
 
 def above_top(read: Read, view: View) -> tuple[int, ...]:
     """What holds the collection that a device is limited to.  raises CloudError not-found if that is in the trash"""
@@ -9851,6 +9855,7 @@ class Draft:
         self.changes: dict[int, Change] = {}         # what became of each node that was touched
         self._names: dict[tuple[int, str], Node | None] = {}         # {(parent, key): what steps left there}
         self._chains: dict[tuple[str, ...], tuple[int, ...] | None] = {}
+        self._lines: dict[int, tuple[int, ...]] = {}         # {collection: what line tells of it}
         self._mounts: dict[str, Place | None] = {}
         self._grants: dict[int, Grant] | None = None         # {mount: what it shows}
         self._hidden: dict[tuple[int, str], Node] = {}       # {(parent, key): the mount that nobody sees there}
@@ -9970,27 +9975,24 @@ class Draft:
             return self._names[place]
         return None if parent in self._made else self.before.child(*place)
 
-    def above(self, id: int | None) -> list[int]:
-        """What holds a node by now, upwards: to the root, or to what is deleted itself."""
-        found = []
-        while id is not None:
-            node = self.changes[id].after if id in self.changes else self.before.node(id)
-            id = node.parent if node else None
-            if id is not None:
-                found.append(id)
-        return found
-
     def chain_of(self, id: int) -> tuple[int, ...]:
-        """The same, the root first."""
-        return tuple(reversed(self.above(id)))
+        """What holds a node by now, from the root, or from what is deleted itself, down to its parent."""
+        node = self.changes[id].after if id in self.changes else self.before.node(id)
+        return self.line(node.parent) if node and node.parent is not None else ()
+
+    def line(self, id: int) -> tuple[int, ...]:
+        """The same of what a collection would hold: kept, for those in one have it in common."""
+        if id not in self._lines:
+            self._lines[id] = (*self.chain_of(id), id)
+        return self._lines[id]
 
     def lives(self, id: int) -> bool:
         """Is it the top of what is seen, or somewhere below?"""
-        return self.top[-1] in (id, *self.above(id))
+        return self.top[-1] in self.line(id)
 
     def would_hold_itself(self, id: int, parent: int) -> bool:
         """Does a place lie in the very node that would come there?"""
-        return id in (parent, *self.above(parent))
+        return id in self.line(parent)
 
     def is_made(self, node: Node) -> bool:
         """Was there no such node before?"""
@@ -10069,8 +10071,9 @@ class Draft:
             self.changes.pop(id, None)
         else:
             self.changes[id] = change
-        if self._chains and (after or before).kind:
+        if (after or before).kind:
             self._chains.clear()
+            self._lines.clear()
         if (after or before).kind == MOUNT:
             self._mounts.clear()
 
@@ -10254,7 +10257,7 @@ class Plan:
         after = then._replace(parent=parent, name=self.now.name_for(parent, then.name, freed),
                               rev=then.rev if is_same and then.mtime == now.mtime else 0)
         left = self.now.chain_of(now.node) if now else ()
-        self.step(Change(now, after, left, (*self.now.chain_of(parent), parent), "moved" if is_same else "replaced"))
+        self.step(Change(now, after, left, self.now.line(parent), "moved" if is_same else "replaced"))
 
     def discard(self, now: Node) -> None:
         """Put a live node into the trash, wherever it is by now."""
@@ -11998,7 +12001,7 @@ class History:
             now = span.now
             touched = [id for id in span.touched(view.home, seq) if id != now.top]
             after = Moment(now.read, now.top, seq)
-            after.load(touched)
+            after.load(() if view.whole else touched)
             if not touched or not view.whole and any(one.node(id) and not one.here(id) for one in (span.then, after) for id in touched):
                 raise CloudError("not-found", "there is nothing of that number to take back")
             later = {id for some in pieces(touched) for id, in now.read(
@@ -12010,7 +12013,9 @@ class History:
             mine = [id for id in touched if id not in later and span.differs(id)]
             if not mine and any(map(span.is_lost, touched)):
                 raise CloudError("gone", "what this step removed was given up for good")
-            left = [id for id in set(touched).difference(mine) if span.then.node(id) or after.node(id)]
+            others = set(touched).difference(mine)
+            after.load(others)
+            left = [id for id in others if span.then.node(id) or after.node(id)]
             return mine, len(left) if mine else len(touched)         # a mount that left its name to what is undone keeps its other one
 
         return self._revert(view, (), seq - 1, choose, ("undo", {"seq": seq}))
@@ -12164,27 +12169,26 @@ class History:
                 top = place.found().node
                 if place.locked:
                     plan.locks.check(who, place, ANY, below=True)
-                span = Span(Moment(read, top, seq), Moment(read, top, now))
-                chosen, told = choose(span)
-                plan.now.look_at(lost)
-                for one in lost:
-                    plan.collection_at(one)
-                self._reverse(plan, span, chosen)
-                self.tree.space.check(place, plan.now.parts[place.view.home].growth, 0)
-                return plan.batch(line[0], {**line[1], "count": len(chosen)}, told)
+                count, told = self._reverse(plan, Span(Moment(read, top, seq), Moment(read, top, now)), choose, lost)      # whose nodes go before
+                self.tree.space.check(place, plan.now.parts[place.view.home].growth, 0)                                # there are rows as well
+                return plan.batch(line[0], {**line[1], "count": count}, told)
 
         with self.tree.lane(who):
             batch = self.db.write(attempt)
         return batch.seq, batch.told
 
-    def _reverse(self, plan: Plan, span: Span, chosen: list[int]) -> None:
-        """First what must go, then what comes back or moves, from the top down."""
-        then, now = span.then, span.now
+    def _reverse(self, plan: Plan, span: Span, choose: Callable[[Span], tuple[list[int], int]], lost: Sequence[tuple[str, ...]]) -> tuple[int, int]:
+        """First what must go, then what comes back or moves, from the top down; returns how many, and what `choose` tells."""
+        then, now, (chosen, told) = span.then, span.now, choose(span)
+        plan.now.look_at(lost)
+        for one in lost:
+            plan.collection_at(one)
         wanted = sorted((id for id in chosen if then.here(id)), key=lambda id: len(then.path(id)))
         unwanted = set(chosen).difference(wanted)
+        plan.now.before.know(now)                            # see as_of
         plan.now.before.load(chosen)                         # at once, as Span.load
-        plan.now.before.load_named([(old.parent, key_of(old.name)) for old in map(then.node, wanted)])
         freed = {(node.parent, key_of(node.name)) for node in map(now.node, chosen) if node}
+        plan.now.before.load_named({(old.parent, key_of(old.name)) for old in map(then.node, wanted)} - freed)
         freed -= self._return_or_remove(plan, then, [node for node in map(now.here, unwanted)
                                                      if node and node.parent not in unwanted])      # else it goes with what holds it
         for id in wanted:
@@ -12194,8 +12198,9 @@ class History:
                 parent = self._stand_in(plan, span, parent, chosen)
             plan.restore(old, now.node(id), parent, freed)
         for id in unwanted:
-            if not now.here(id) and then.top in plan.now.above(id):          # it came along with what is back
+            if not now.here(id) and then.top in plan.now.chain_of(id):          # it came along with what is back
                 plan.discard(now.node(id))
+        return len(chosen), told
 
     def _stand_in(self, plan: Plan, span: Span, id: int, chosen: Container[int]) -> int:
         """The collection that is where one was that is gone, and stays there; the top if there is none."""
