@@ -8523,9 +8523,11 @@ class Moment:
         if walked and self.mounts and self._grants is None and self._parent(walked[-1]) not in self._paths and self.grants:
             walked = unplaced()
         for one in reversed(walked):
-            above = self._paths.get(self._parent(one))
-            self._paths[one] = None if above is None else above + (self.node(one).name,)
-        return self._paths[id]
+            above, node = self._paths.get(self._parent(one)), self.node(one)
+            path = None if above is None else above + (node.name,)
+            if node is None or node.kind or one != id:       # those of files are not kept: they are so many, and told by what holds them
+                self._paths[one] = path
+        return path if walked else self._paths[id]
 
     def place(self, nodes: Sequence[Node]) -> None:
         """Read what holds some nodes that were read just now, and are not read again."""
@@ -8574,13 +8576,15 @@ class Moment:
         """A node that is below the top, and what holds it, up to there."""
         return list(itertools.takewhile(lambda one: one != self.top, self.line(id))) if self.here(id) else []
 
-    def load(self, ids: Iterable[int]) -> None:
-        """Read some nodes and all that holds them, level by level."""
+    def load(self, ids: Iterable[int], like: Moment | None = None) -> None:
+        """Read some nodes and all that holds them, level by level; values that they had in another moment as well are held once."""
         ids = list(set(ids).difference(self._nodes))
         while ids:
             self._nodes.update(dict.fromkeys(ids))
             for some in pieces(ids):
-                self._nodes.update((node.node, node) for node in map(Node._make, self.select(*is_among("e.node", some))))
+                for node in map(Node._make, self.select(*is_among("e.node", some))):
+                    twin = like._nodes.get(node.node) if like else None
+                    self._nodes[node.node] = Node._make(one if one == other else other for one, other in zip(twin, node)) if twin else node
             ids = list({self._parent(id) for id in ids}.difference(self._nodes, [None]))
 
 
@@ -11722,8 +11726,8 @@ class Span:
 
     def load(self, ids: Iterable[int]) -> None:
         """Read some nodes of both moments at once: one by one, each would cost a way to the database and back."""
-        for moment in (self.then, self.now):
-            moment.load(ids)
+        self.then.load(ids)
+        self.now.load(ids, self.then)
 
     def of(self, id: int) -> Difference:
         return Difference(self.then.here(id), self.now.here(id), self.then.path(id), self.now.path(id))
