@@ -18041,13 +18041,14 @@ def test_a_killed_backup_or_restore_goes_on(make_cloud, tmp_path, rng):
     contents = {"f%d" % n: random_bytes(rng.randint(65_537, 200_000)) for n in range(120)}
     for name, data in contents.items():
         put(cloud, ann, name, data)
+    cs.back_up(cloud, tmp_path / "good")
     for n in range(6):
-        for words in (["backup", tmp_path / "backup", "--data", cloud.config.data],
-                      ["restore", tmp_path / "good", "--data", tmp_path / "restored"]):
-            if n == 0:
-                cs.back_up(cloud, tmp_path / "good")
+        for to, words in (("backup", ["backup", tmp_path / "backup", "--data", cloud.config.data]),
+                          ("restored", ["restore", tmp_path / "good", "--data", tmp_path / "restored"])):
+            there = lambda: sum(1 for _ in (tmp_path / to / "objects").rglob("*"))
+            enough = there() + rng.randrange(60)
             process = popen(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(rng.uniform(0.2, 0.6))
+            eventually(lambda: there() >= enough or process.poll() is not None)
             process.kill()
             process.wait()
             shutil.rmtree(tmp_path / "restored", ignore_errors=True) if (tmp_path / "restored" / "cloud.db").exists() else None
