@@ -20327,6 +20327,13 @@ def laptop(address, tmp_path, monkeypatch):
     [machine.stop() for machine in made]
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Files are cut as others are that have ten times their size."""
+    for name, size in (("CHUNK_SIZE", 400_000), ("CUT_LEAST", 100_000), ("CUT_MOST", 800_000)):
+        monkeypatch.setattr(cs, name, size)
+
+
 def test_first_connect_of_a_full_folder_to_a_fresh_server(laptop, cloud, ann):
     one, two = laptop("one"), laptop("two")
     for n in range(30):
@@ -20453,12 +20460,12 @@ def test_names_that_were_exchanged(laptop, cloud, ann):
     assert one.tree() == two.tree() == tree(cloud, ann) == {"a": b"B" * 200, "b": b"A" * 100, "x": None, "x/2": b"2", "y": None, "y/1": b"1"}
 
 
-def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann, rng):
+def test_only_what_changed_in_a_large_file_travels(laptop, cloud, ann):
     one, two = laptop("one"), laptop("two")
-    data = rng.getrandbits(8 * 40 * MiB).to_bytes(40 * MiB, "big")
+    data = random_bytes(20 * MiB)
     one.write("big", data)
     one.run(), two.run()
-    longer = data[:20 * MiB] + random_bytes(MiB) + data[20 * MiB:]
+    longer = data[:10 * MiB] + random_bytes(MiB) + data[10 * MiB:]
     one.write("big", longer)
     before, after = [set(cs.cut_by_content(io.BytesIO(whole))) for whole in (data, longer)]
     fresh = sum(map(len, after - before))        # how much that is, is up to chance: where the cuts fall
@@ -21021,16 +21028,16 @@ def damage_chunks(cloud, *datas):
 
 @pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("bad", ["first", "last", "many", "large", "inline"])
-def test_a_damaged_chunk_costs_only_the_files_that_hold_it(laptop, cloud, ann, noted, bad, monkeypatch):
+def test_a_damaged_chunk_costs_only_the_files_that_hold_it(small_chunks, laptop, cloud, ann, noted, bad, monkeypatch):
     """Y7: all the others come, in the same run; the damaged ones are named; nothing is fetched again and again."""
     small = [b"%03d" % n * 30_000 for n in range(40)]
     inline = [b"inline %d" % n for n in range(40)]
-    large = random_bytes(9 * MiB)
+    large = random_bytes(900_000)
     for n, (one_small, one_inline) in enumerate(zip(small, inline)):
         put(cloud, ann, "s%03d" % n, one_small), put(cloud, ann, "i%03d" % n, one_inline)
     put(cloud, ann, "big", large), put(cloud, ann, "twin of big", large)
     hit = {"first": {"s000": small[0]}, "last": {"s039": small[39]}, "many": {"s%03d" % n: small[n] for n in (3, 4, 5, 20, 39)},
-           "inline": {"i007": inline[7]}, "large": {"big": large[4 * MiB:8 * MiB], "twin of big": large[4 * MiB:8 * MiB]}}[bad]
+           "inline": {"i007": inline[7]}, "large": dict.fromkeys(("big", "twin of big"), large[cs.CHUNK_SIZE:2 * cs.CHUNK_SIZE])}[bad]
     damage_chunks(cloud, *set(hit.values()))
     if noted:
         deque(cs.check_chunks(cloud), maxlen=0)
@@ -21068,7 +21075,7 @@ def test_whatever_time_a_file_has_it_is_synced_and_stays_the_same(laptop, cloud,
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
                                    cs.Stopped("no more"), KeyError("a bug"), MemoryError()])
 @pytest.mark.parametrize("where", ["finish", "settle", "prove", "content", "look"])
-def test_no_file_under_construction_outlives_what_goes_wrong(laptop, cloud, ann, monkeypatch, error, where):
+def test_no_file_under_construction_outlives_what_goes_wrong(small_chunks, laptop, cloud, ann, monkeypatch, error, where):
     """Y11, Y12: whatever raises, on the third call and from then on; and the next run brings all."""
     one = laptop()
     for n in range(4):
@@ -21076,7 +21083,7 @@ def test_no_file_under_construction_outlives_what_goes_wrong(laptop, cloud, ann,
     one.run()
     for n in range(9):
         put(cloud, ann, "d/f%d" % n, "new %d" % n)
-    put(cloud, ann, "d/large", random_bytes(5 * MiB))
+    put(cloud, ann, "d/large", random_bytes(500_000))
     act, count = getattr(cs.Folder, where), [0]
 
     def failing(folder, *args, **how):
@@ -21124,15 +21131,15 @@ def test_a_full_disk_under_watch_is_said_and_waited_for(laptop, cloud, ann, monk
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o755, 0o444, 0o640, 0o4755])
-def test_a_file_that_is_replaced_keeps_its_mode(laptop, cloud, ann, mode):
+def test_a_file_that_is_replaced_keeps_its_mode(small_chunks, laptop, cloud, ann, mode):
     """Y14: but never a bit that would give other people's bytes the rights of its owner."""
     one, two = laptop("one"), laptop("two")
-    for path, size in (("small", 10), ("large", 5 * MiB)):
+    for path, size in (("small", 10), ("large", 500_000)):
         one.write(path, random_bytes(size))
         (one.path / path).chmod(mode)
     one.run(), two.run()
     assert one.run().work() == 0
-    for path, size in (("small", 20), ("large", 6 * MiB)):
+    for path, size in (("small", 20), ("large", 600_000)):
         two.write(path, random_bytes(size))
     two.run(), one.run()
     assert one.tree() == two.tree()
