@@ -607,6 +607,13 @@ def object_at(cloud, name):
 
 
 @pytest.fixture
+def small_chunks(monkeypatch):
+    """Files are cut as others are that have ten times their size."""
+    for name, size in (("CHUNK_SIZE", 400_000), ("CUT_LEAST", 100_000), ("CUT_MOST", 800_000)):
+        monkeypatch.setattr(cs, name, size)
+
+
+@pytest.fixture
 def make_cloud(tmp_path):
     """Open clouds on a directory each: make_cloud(), make_cloud(config), make_cloud(clock=...)."""
     clouds = []
@@ -5241,11 +5248,11 @@ def test_objects_stay_when_nobody_knows_whether_their_batch_was_committed(databa
     assert get(cloud, ann, "f") == data
 
 
-def test_a_backup_of_shared_tables_is_restored_on_one_machine(database_of, tmp_path, make_cloud):
+def test_a_backup_of_shared_tables_is_restored_on_one_machine(small_chunks, database_of, tmp_path, make_cloud):
     cloud = make_cloud(Config(data=tmp_path / "one", database=database_of(tmp_path)))
     cs.settle(cloud, prove=True)
     ann = account(cloud)
-    for name, size in ("small", 100), ("large", 300_000), ("chunked", 9_000_000):
+    for name, size in ("small", 100), ("large", 300_000), ("chunked", 900_000):
         put(cloud, ann, "d/" + name, random_bytes(size), parents=True)
     cloud.files.delete(ann, ("d", "small"))
     assert cs.back_up(cloud, tmp_path / "backup")[2] == []
@@ -5258,11 +5265,11 @@ def test_a_backup_of_shared_tables_is_restored_on_one_machine(database_of, tmp_p
     audit(here), audit(cloud)
 
 
-def test_a_backup_is_restored_into_an_empty_database_and_into_no_other(database_of, tmp_path, make_cloud, monkeypatch):
+def test_a_backup_is_restored_into_an_empty_database_and_into_no_other(small_chunks, database_of, tmp_path, make_cloud, monkeypatch):
     """Whoever was killed begins again; clients hear that it is another state from the first moment on."""
     laptop = make_cloud(Config(data=tmp_path / "laptop"))
     ann = account(laptop)
-    for name, size in ("small", 100), ("d/large", 300_000), ("d/chunked", 9_000_000):
+    for name, size in ("small", 100), ("d/large", 300_000), ("d/chunked", 900_000):
         put(laptop, ann, name, random_bytes(size), parents=True)
     cs.back_up(laptop, tmp_path / "backup")
     config = Config(data=tmp_path / "new", database=database_of(tmp_path / "new"), objects=str(tmp_path / "objects"))
@@ -17739,20 +17746,20 @@ def test_objects_are_copied_as_they_are_told_of(tmp_path, monkeypatch):
     assert all(ahead - 1.5 * count <= 6 * cs.COPIED_AT_ONCE for count, ahead in enumerate(read)) and told == datas
 
 
-def test_backup_is_incremental_and_restores(make_cloud, tmp_path, rng):
+def test_backup_is_incremental_and_restores(small_chunks, make_cloud, tmp_path, rng):
     """R28, R29: the restore drill"""
     cloud = make_cloud()
     ann = account(cloud)
     game = Random(cloud, ann, rng)
     for _ in range(40):
         game.step()
-    put(cloud, ann, "big", random_bytes(9 * MiB))
+    put(cloud, ann, "big", random_bytes(900_000))
     cloud.pictures.put(ann, ("big",), b"\xff\xd8\xff old")
     first = cs.back_up(cloud, tmp_path / "backup")
     assert first[0] == 3
     cloud.pictures.put(ann, ("big",), b"\xff\xd8\xff")
     inside = tree(cloud, ann)
-    put(cloud, ann, "more", random_bytes(5 * MiB))
+    put(cloud, ann, "more", random_bytes(500_000))
     cloud.pictures.put(ann, ("more",), b"\xff\xd8\xff more")
     move(cloud, ann, "more", "many words.txt")
     cloud.files.delete(ann, ("big",))
@@ -18831,19 +18838,19 @@ def far(make_cloud, place, fake):
     return cloud
 
 
-def test_files_whose_parts_are_elsewhere_are_like_any_other(far, rng, tmp_path, make_cloud):
+def test_files_whose_parts_are_elsewhere_are_like_any_other(small_chunks, far, rng, tmp_path, make_cloud):
     ann = account(far)
     game = Random(far, ann, rng)
     for _ in range(30):
         game.step()
-    data = {"big": random_bytes(9 * MiB), "middle": random_bytes(100_000), "small": b"small"}
+    data = {"big": random_bytes(900_000), "middle": random_bytes(100_000), "small": b"small"}
     for name, content in data.items():
         put(far, ann, name, content)
     for store in far.blobs.store, cs.open_store(far.config):
         for name in store.list():
             store.forget(name)
         assert all(get(far, ann, name) == content for name, content in data.items())
-    assert far.files.open(ann, ("big",))[1].slices(5 * MiB, 5 * MiB + 10).__next__().count == 10
+    assert far.files.open(ann, ("big",))[1].slices(500_000, 500_010).__next__().count == 10
     assert not list((far.config.data / "objects").glob("??/*")) and cs.verify(far) == cs.verify(far, quick=True) == [] and far.health() == "ok"
     written, failed = cs.export_files(far, ann, tmp_path / "out")
     assert failed == [] and (tmp_path / "out" / "big").read_bytes() == data["big"]
@@ -19059,8 +19066,8 @@ def test_a_data_directory_takes_its_own_objects_whatever_they_say(make_cloud):
     assert cloud.db.setting("cloud") == id and cs.verify(cloud) == []
 
 
-def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, place, make_cloud, tmp_path, monkeypatch):
-    ann, data = account(far), random_bytes(9 * MiB)
+def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(small_chunks, far, place, make_cloud, tmp_path, monkeypatch):
+    ann, data = account(far), random_bytes(900_000)
     put(far, ann, "a", data), put(far, ann, "b", b"small")
     assert cs.back_up(far, tmp_path / "backup")[0] == 3 and cs.back_up(far, tmp_path / "backup") == (0, 0, [])
     plain = make_cloud(name="backup")            # which can be used as it is, and never touches the other's
@@ -19072,8 +19079,8 @@ def test_a_backup_brings_objects_here_and_a_restore_puts_them_elsewhere(far, pla
     config = replace(config, objects=place + "-2")
     really = cs.Copying.run
 
-    def killed(copying, source, rows):
-        really(copying, source, list(rows)[:2])
+    def killed(copying, source, rows, *size):
+        really(copying, source, list(rows)[:2], *size)
         raise KeyboardInterrupt
     monkeypatch.setattr(cs.Copying, "run", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -20325,13 +20332,6 @@ def laptop(address, tmp_path, monkeypatch):
         return made[-1]
     yield make
     [machine.stop() for machine in made]
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Files are cut as others are that have ten times their size."""
-    for name, size in (("CHUNK_SIZE", 400_000), ("CUT_LEAST", 100_000), ("CUT_MOST", 800_000)):
-        monkeypatch.setattr(cs, name, size)
 
 
 def test_first_connect_of_a_full_folder_to_a_fresh_server(laptop, cloud, ann):
@@ -22032,10 +22032,10 @@ def test_a_read_only_file_is_replaced_and_removed(laptop, cloud, ann, monkeypatc
     assert one.problems == {} and one.tree() == {"ro.txt": b"new"} and refused
 
 
-def test_an_old_file_is_not_open_when_it_is_replaced(laptop, cloud, ann, monkeypatch):
+def test_an_old_file_is_not_open_when_it_is_replaced(small_chunks, laptop, cloud, ann, monkeypatch):
     """O8: by ourselves, as Windows would refuse; large files and small."""
     one = laptop()
-    data = random_bytes(9 * MiB)
+    data = random_bytes(900_000)
     one.write("big", data), one.write("small", "1")
     one.run()
     put(cloud, ann, "big", data + b"x"), put(cloud, ann, "small", "2")
@@ -22665,7 +22665,7 @@ def test_a_share_may_have_another_name_and_stays_in_the_root(shared_laptop, lapt
 
 @pytest.mark.parametrize("way", ["in", "out", "between", "within"])
 @pytest.mark.parametrize("single", [True, False])
-def test_a_move_across_homes_puts_what_is_known_and_deletes(shared_laptop, laptop, cloud, ann, bob, way, single, monkeypatch):
+def test_a_move_across_homes_puts_what_is_known_and_deletes(small_chunks, shared_laptop, laptop, cloud, ann, bob, way, single, monkeypatch):
     carl = account(cloud, "carl")
     one, share = shared_laptop()
     put(cloud, carl, "work/w", parents=True), cloud.sharing.share(carl, ("work",), "account", "bob", role="edit")
@@ -22676,7 +22676,7 @@ def test_a_move_across_homes_puts_what_is_known_and_deletes(shared_laptop, lapto
     one.write("own/o", "o"), one.write("own2/o", "o")
     for path, content in data.items():
         one.write(path, content)
-    one.write(source + "/x/large", bytes(range(256)) * 20_000)
+    one.write(source + "/x/large", bytes(range(256)) * 2_000)
     one.run()
     if single:
         data = {source + "/x/large": one.read(source + "/x/large")}
@@ -24760,7 +24760,7 @@ def test_a_file_has_its_bytes_then_its_time_then_its_place(laptop, cloud, ann, m
     assert len(placed) == 3 and [[what for what, of in told if of == name] for name in placed] == [["bytes", "time", "place"]] * 3
 
 
-def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeypatch):
+def test_nothing_is_noted_before_it_is_on_the_medium(small_chunks, laptop, cloud, ann, monkeypatch):
     """Y20 to Y23: with one call for a file system, and where each file has to be told; a file is put in place after its bytes are kept."""
     for one_call in (True, False):
         monkeypatch.undo()
@@ -24783,10 +24783,10 @@ def test_nothing_is_noted_before_it_is_on_the_medium(laptop, cloud, ann, monkeyp
         monkeypatch.setattr(cs.Memory, "flush", lambda memory: told.append(("flush", memory.is_changed)) or flush(memory))
         monkeypatch.setattr(cs.Folder, "finish", lambda folder, file, *rest, **how: (finish(folder, file, *rest, **how), told.append(("finish", plain(file.place))))[0])
         one.write("mine", "mine"), one.write("d/mine", "mine")
-        put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "large", random_bytes(5 * MiB)), put(cloud, ann, "moves", "m")
+        put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "large", random_bytes(500_000)), put(cloud, ann, "moves", "m")
         [put(cloud, ann, "more%d" % n, "more") for n in range(6)]
         one.run()
-        move(cloud, ann, "moves", "moved"), cloud.files.delete(ann, ("theirs",)), put(cloud, ann, "large", random_bytes(5 * MiB))
+        move(cloud, ann, "moves", "moved"), cloud.files.delete(ann, ("theirs",)), put(cloud, ann, "large", random_bytes(500_000))
         one.run()
         for number, (what, *about) in enumerate(told):
             before = told[:number]
