@@ -757,17 +757,34 @@ def cut_text(text: str, size: int) -> str:
 
 
 def split_path(text: str) -> tuple[str, ...]:
-    """A path as people and JSON write it, "photos/a.jpg", to its checked names; slashes at the ends are ignored."""
+    """A path as people and JSON write it, "photos/a.jpg", to its checked names; as in an address, slashes at the ends are ignored, and
+    those that repeat count as one."""
     if not isinstance(text, str):
         raise CloudError("bad-request", "a path must be a string")
-    text = text.strip("/")
-    return check_path(text.split("/")) if text else ()
+    return check_path(filter(None, text.split("/")))
 
 
 def format_path(path: Sequence[str]) -> str:
     """("a", "b c") to "/a/b%20c"."""
     text = "/" + "/".join(path)
     return text if _PLAIN.fullmatch(text) else quote(text, safe="/~")
+
+
+def is_like(text: str, pattern: str) -> bool:
+    """Does SQL's LIKE hold, with % for anything?  Linear, whatever the pattern."""
+    first, *middle = pattern.split("%")
+    if not middle:
+        return text == first
+    *middle, last = middle
+    at, end = len(first), len(text) - len(last)
+    if not (text.startswith(first) and text.endswith(last)) or end < at:
+        return False
+    for part in middle:
+        found = text.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
 
 
 def parse_hop(text: str) -> str:
@@ -18004,7 +18021,7 @@ def ocs_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
     """
     asked = parse_query(request.query)
     is_mine, is_below, is_all = (asked.get(name) in TRUE for name in ("shared_with_me", "subfiles", "reshares"))
-    path = read_path(asked["path"]) if "path" in asked else None
+    path = split_path(asked["path"]) if "path" in asked else None
     if path is not None:
         cloud.files.stat(who, path)
     if is_mine:
@@ -18019,7 +18036,7 @@ def ocs_shares(cloud: Cloud, who: Principal, request: Request) -> Response:
 @route("GET", *ocs(OCS_SHARES + "/inherited"), needs="read", refuse=ocs_error)
 def ocs_inherited(cloud: Cloud, who: Principal, request: Request) -> Response:
     """What was given of the collections that hold a path."""
-    path = read_path(request.argument("path") or "")
+    path = split_path(request.argument("path") or "")
     cloud.files.stat(who, path)
     return ocs_list(request, [one for one in cloud.sharing.all(who) if one.path and len(one.path) < len(path) and path[:len(one.path)] == one.path])
 
@@ -18050,7 +18067,7 @@ def ocs_decline(cloud: Cloud, who: Principal, request: Request, id: str) -> Resp
 def ocs_give(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Share a file or folder with an account or group, or by a link."""
     form = read_form(request)
-    path = read_path(form.get("path", ""))
+    path = split_path(form.get("path", ""))
     node = cloud.files.stat(who, path)
     kind = next((kind for kind, number in OCS_KINDS.items() if form.get("shareType") == str(number)), None)
     if kind is None:
@@ -18473,7 +18490,7 @@ def bulk_file(fields: dict[str, str], data: bytes) -> Writing:
 def nc_preview(cloud: Cloud, who: Principal, request: Request) -> Response:
     """The thumbnail of a file, by its id or its path; whatever size is asked for, there is one."""
     asked = parse_query(request.query)
-    path = read_path(asked["file"]) if "file" in asked else cloud.files.path_of(who, read_file_id(asked.get("fileId", "")))
+    path = split_path(asked["file"]) if "file" in asked else cloud.files.path_of(who, read_file_id(asked.get("fileId", "")))
     return known_thumbnail(request, cloud.pictures.thumbnail(who, path))
 
 
@@ -18481,11 +18498,6 @@ def known_thumbnail(request: Request, data: bytes | None) -> Response:
     if data is None:
         raise CloudError("not-found", "there is no small picture of it")
     return api_thumbnail_response(request, data)
-
-
-def read_path(text: str) -> tuple[str, ...]:
-    """A path in a query or a body; as in an address, slashes that repeat count as one."""
-    return check_path(filter(None, text.split("/")))
 
 
 def read_file_id(text: str) -> int:
@@ -18509,7 +18521,7 @@ def read_wanted(request: Request, where: str) -> tuple[tuple[str, ...], list[tup
     asked = parse_query(request.query)
     files = asked.get("files", "")
     names = parse_json(b'{"names":%s}' % files.encode())["names"] if files[:1] + files[-1:] == "[]" else [files] if files else []
-    return read_path(asked.get(where, "")), [split_path(name) for name in names]
+    return split_path(asked.get(where, "")), [split_path(name) for name in names]
 
 
 # ---- favourites and search
@@ -18580,23 +18592,6 @@ SEARCH_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": lambda a, b: a == b, "lt": lambda a, b: a < b, "gt": lambda a, b: a > b, "lte": lambda a, b: a <= b,
     "gte": lambda a, b: a >= b, "like": lambda a, b: is_like(str(a), str(b))}
 JUDGES: dict[str, Callable[[Iterable[bool]], bool]] = {"and": all, "or": any, "not": lambda found: not all(found)}
-
-
-def is_like(text: str, pattern: str) -> bool:
-    """Does SQL's LIKE hold, with % for anything?  Linear, whatever the pattern."""
-    first, *middle = pattern.split("%")
-    if not middle:
-        return text == first
-    *middle, last = middle
-    at, end = len(first), len(text) - len(last)
-    if not (text.startswith(first) and text.endswith(last)) or end < at:
-        return False
-    for part in middle:
-        found = text.find(part, at, end)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return True
 
 
 def read_where(search: ET.Element) -> ET.Element | None:

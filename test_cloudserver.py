@@ -1332,6 +1332,14 @@ def test_parse_etags(text, weak, want):
     assert outcome(cs.parse_etags, text, weak=weak) == want
 
 
+@pytest.mark.parametrize("text, pattern, want", [
+    ("abc", "abc", True), ("abc", "%", True), ("abc", "a%", True), ("abc", "%c", True), ("abc", "%b%", True), ("abc", "a%c", True),
+    ("abc", "b%", False), ("abc", "%b", False), ("aba", "aba%aba", False), ("abcabc", "a%b%b%c", True), ("ab", "%b%a%", False),
+    ("a" * 255, "%a" * 127 + "%b", False)])
+def test_like(text, pattern, want):
+    assert cs.is_like(text, pattern) is want
+
+
 @pytest.mark.parametrize("text, want", [
     ("(<urn:a>)", ((None, ((True, "token", "urn:a"),)),)),
     ('(["e"])', ((None, ((True, "etag", "e"),)),)),
@@ -16248,6 +16256,7 @@ def test_what_cannot_be_read_in_a_condition_matches_nothing(call, cloud, ann, fi
 def test_slashes_that_repeat_count_as_one(call, cloud, ann, method, path):
     """C5: at every door; two addresses then name one file, and its locks."""
     put(cloud, ann, "f", "once"), cloud.files.make_collection(ann, ("d",))
+    assert cs.split_path("//d///f/") == ("d", "f") and cs.split_path("/") == cs.split_path("") == ()         # in a body or a query, too
     answer = call(method, path, b"")
     assert answer.status == {"PROPFIND": 207, "PUT": 201, "GET": 200}[method] and (method != "PROPFIND" or b">/dav/f<" in answer.body)
     take_lock(cloud, ann, "f")
@@ -17044,14 +17053,6 @@ def test_a_user_has_all_that_nextclouds_library_reads(call):
     assert {"id", "backend", "quota", "email", "displayname", "phone", "address", "website", "twitter", "fediverse", "organisation", "role", "headline",
             "biography", "profile_enabled", "language", "locale", "backendCapabilities", "subadmin", "manager"} <= set(about)
     assert call("GET", "/ocs/v1.php/cloud/user", Accept="*/*").status == 200                # as XML, too
-
-
-@pytest.mark.parametrize("text, pattern, want", [
-    ("abc", "abc", True), ("abc", "%", True), ("abc", "a%", True), ("abc", "%c", True), ("abc", "%b%", True), ("abc", "a%c", True),
-    ("abc", "b%", False), ("abc", "%b", False), ("aba", "aba%aba", False), ("abcabc", "a%b%b%c", True), ("ab", "%b%a%", False),
-    ("a" * 255, "%a" * 127 + "%b", False)])
-def test_like(text, pattern, want):
-    assert cs.is_like(text, pattern) is want
 
 
 def test_the_trash_of_phone_apps(call, cloud, ann):
