@@ -10524,6 +10524,7 @@ PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
 PUT_LOOSE = (
     "INSERT INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?) ON CONFLICT (home, chunk) DO UPDATE SET "
     "size = excluded.size, due = excluded.due, root = excluded.root")
+END_LOOSE = "DELETE FROM loose WHERE home = ? AND chunk = ?"
 PUT_KEPT = "INSERT INTO kept (id, account, value, due) VALUES (?, ?, ?, ?)"
 
 
@@ -10577,7 +10578,7 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
     **dict.fromkeys((RAISE_SHARE, PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_STAR, END_STAR, PUT_BRAKE, PUT_LOOSE,
-                     COUNT_CAME))}
+                     END_LOOSE, COUNT_CAME))}
 
 
 # ==== 18. Files ==========================================================================
@@ -13714,6 +13715,8 @@ class Sync:
             plan.now.parts[home].rows += [Statement(CHUNK_ROWS, rows, many=True)] if rows else []
         paths = [one.paths[-1] for one, outcome in zip(asked, outcomes) if not outcome.problem]
         plan.guards += still_stored([hash for hash in used if hash not in received.sizes or hash in received.relied])
+        settled = [(root.view.home, hash) for hash in used if hash not in received.sizes]
+        plan.rows += [Statement(END_LOOSE, settled, many=True)] if settled else []       # they are paid for as files now
         batch = plan.batch("sync", {"path": paths}, outcomes)
         batch.op, batch.result = wanted.op_of(who), json.dumps(describe_outcomes(batch))
         return batch
@@ -21954,10 +21957,11 @@ class Folder:
         """Open a file.  raises OSError, too if it is not the one that was expected"""
         self.prove(path)
         file = open(os.open(self.place(path), os.O_RDONLY | O_EXTRA | getattr(os, "O_NONBLOCK", 0)), "rb", buffering=0)
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode) or expected and not is_like_here(here_of(path, about), expected):
+        try:
+            check_same(file, expected)
+        except BaseException:
             file.close()
-            raise Changing(errno.EAGAIN, "it changes while it is read", path)
+            raise
         return file
 
     def content(self, path: str, like: There | Base) -> str:
@@ -21996,8 +22000,8 @@ class Folder:
     def settle(self, file: Temporary, path: str, expected: Here | None, base: Base | None) -> Here | None:
         """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
         self.prove(path)
-        if not is_like_here(self.look(path, sure=True), expected):
-            return None
+        if not is_like_here(self.look(path, sure=True), expected) or not expected and os.path.lexists(self.place(path)):
+            return None                          # or it is a link, which is nothing that was compared
         if expected and not (base and self.content(path, base) == base.content and is_like_here(self.look(path), expected)):
             return None
         place = self.place(path)
@@ -22126,6 +22130,13 @@ class Changing(OSError):
     """Somebody writes to a file: in the next round."""
 
 
+def check_same(file: BinaryIO, expected: Here | None) -> None:
+    """raises Changing if an open file is none, or not what was seen of it any more"""
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode) or expected and not is_like_here(here_of(expected.path, about), expected):
+        raise Changing(errno.EAGAIN, "somebody writes to it", expected and expected.path)
+
+
 def storable(number: int) -> int:
     """A time or inode as a database can hold it, the same on both sides of every comparison."""
     return number if -LARGEST <= number <= LARGEST else max(-LARGEST, min(LARGEST, number))
@@ -22246,6 +22257,7 @@ class Memory:
             self.kept: dict[str, Here] = {row[0]: Here._make(row[1:]) for row in rows["kept"]}
         self.shares = {key: there for key, there in self.there.items() if there.rights}      # where rights change, on the server
         self.young = {key for key, base in self.base.items() if not base.sure}
+        self.leaving = set(json.loads(self.words.pop("leaving", "[]")))      # keys of what we were about to take away here when we last wrote down anything
         self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
         self.steps = 0                               # how often something was agreed on
 
@@ -22384,23 +22396,20 @@ class Memory:
         self.clear("twin")
         self.draw(twins)                         # one of two may be gone, by our own doing, too
 
-    @property
-    def leaving(self) -> list[str]:
-        """Keys of what we were about to take away here when we last wrote down anything."""
-        return json.loads(self.words.get("leaving", "[]"))
-
     def take_away(self, keys: Collection[str]) -> None:
         """Write down, on the medium, what we are about to delete or rename here: if we are killed before that is noted, what
         is missing is our doing and no wish of anybody to have it deleted there.  raises Stopped"""
-        self.say(leaving=json.dumps(sorted({*self.leaving, *keys})))
+        keys = {key for key in keys if key in self.base} - self.leaving
+        if not keys:
+            return
         with self._guarded():
             self.db.execute("PRAGMA synchronous = FULL")
-            self.db.execute("REPLACE INTO word (name, value) VALUES ('leaving', ?)", (self.words["leaving"],))
+            self.db.execute("REPLACE INTO word (name, value) VALUES ('leaving', ?)", (json.dumps(sorted(keys | self.leaving)),))
             self.db.execute("PRAGMA synchronous = NORMAL")
+        self.leaving |= keys
 
     def flush(self) -> None:
         """Write down what changed, all or nothing.  raises Stopped, and keeps it to be written"""
-        self.say(leaving="[]")
         with self._guarded():
             self.db.execute("BEGIN")
             try:
@@ -22409,12 +22418,13 @@ class Memory:
                     self.db.executemany("DELETE FROM %s WHERE key = ?" % tree, [(key,) for key in keys if key not in mine])
                     self.db.executemany("REPLACE INTO %s (key, %s) VALUES (?%s)" % (tree, ", ".join(kind._fields), ", ?" * len(kind._fields)),
                                         [(key, *mine[key]) for key in keys if key in mine])
-                self.db.executemany("REPLACE INTO word (name, value) VALUES (?, ?)", self.words.items())
+                self.db.executemany("REPLACE INTO word (name, value) VALUES (?, ?)", [*self.words.items(), ("leaving", "[]")])
                 self.db.execute("COMMIT")
             except BaseException:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 raise
+        self.leaving = set()
         for keys in self._changed.values():
             keys.clear()
 
@@ -22500,6 +22510,7 @@ SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made
     "outcome": {"status": is_count, "etag": is_word, "node_": is_word, "problem_": lambda value: isinstance(value, dict)},
     "problem": {"code": is_word, "detail": lambda value: isinstance(value, str)},
     "missing": {"missing": are_hashes},
+    "account": {"left": is_count},
     "device": {"token": lambda value: is_word(value) and value != ""},
 }
 FIELDS = {shape: [(name.rstrip("_"), name[-1] == "_", fits) for name, fits in fields.items()] for shape, fields in SHAPES.items()}
@@ -23029,6 +23040,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
 LANES = 2                       # requests under way while the next is prepared
 BRAKE_LEAST = 50                # deletions that never stop a run
 LATE_LOOK = 0.25                # seconds of a run that may go into reading young files once more
+TOO_MUCH = ("over-quota", "disk-full", "too-large")      # refusals for which a file is too large: others may not be
 
 # ---- a run
 
@@ -23104,7 +23116,7 @@ class Session:
         self.problems: dict[str, str] = {}           # what could not be synced, by key
         self.passed: dict[str, str] = {}             # what was passed over, or stays, by path, and why
         self.unsettled: set[str] = set()             # paths that changed while they were read
-        self.lacking: dict[str, str] = {}            # paths whose bytes the server cannot give
+        self.failed: dict[str, str] = {}             # paths whose bytes the server cannot give, or does not take, in this round
         self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
         self.commits.seen = []
         self.held = False
@@ -23164,6 +23176,8 @@ class Session:
             self.held = True
         elif code in ("precondition-failed", "missing", "not-found"):    # the next round sees more
             self.refused[path] = detail
+        elif code in TOO_MUCH:                       # there may be room by then
+            self.failed[path] = detail
         else:
             self.complain(path, detail)
         return False
@@ -23666,7 +23680,7 @@ class Mover:
     def set_aside(self, key: str, mark: str) -> None:
         """Give something here another name: it is nobody's but ours.  raises OSError"""
         keys = self.memory.below("base", key)
-        self.memory.take_away([key, *keys])
+        self.memory.take_away(keys)
         seen = self.session.scan.here[key]
         self.folder.rename(seen.path, self._free_name(seen, mark))
         for other in keys:
@@ -23681,7 +23695,8 @@ class Mover:
         for count in itertools.count(1):
             ending = mark + (" %d" % count if count > 1 else "") + dot + suffix
             found = (above + "/" if above else "") + cut_text(stem, NAME_LIMIT - len(ending.encode())) + ending
-            if self.folder.key(found) not in {*self.session.scan.here, *self.memory.there} and not os.path.lexists(self.folder.place(found)):
+            if not (self.folder.key(found) in self.session.scan.here or self.folder.key(found) in self.memory.there
+                    or os.path.lexists(self.folder.place(found))):
                 return found
         raise AssertionError
 
@@ -23701,6 +23716,18 @@ def loads(items: Iterable[Any], size: Callable[[Any], int], heaviest: int) -> It
 
 # ---- up
 
+def or_too_much(ask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the refusal, where the server refuses because of what it would have to store."""
+    def asked(*given: Any) -> Any:
+        try:
+            return ask(*given)
+        except CloudError as error:
+            if error.kind not in TOO_MUCH:
+                raise
+            return error
+    return asked
+
+
 class Outgoing:
     """Files of one commit: its steps, the chunks they need, and (key, as it is here, as it will be there) of each."""
 
@@ -23708,6 +23735,15 @@ class Outgoing:
         self.steps: list[dict[str, Any]] = []
         self.chunks: dict[str, bytes] = {}
         self.items: list[tuple[str, Here, There]] = []
+
+    def halves(self) -> Iterator[Outgoing]:
+        """Of its smaller and its larger files."""
+        files = sorted(zip(self.items, self.steps), key=lambda file: file[0][1].size)
+        for some in (files[:len(files) // 2], files[len(files) // 2:]):
+            half = Outgoing()
+            half.items, half.steps = [item for item, _ in some], [step for _, step in some]
+            half.chunks = {there.content: self.chunks[there.content] for _, _, there in half.items if there.content in self.chunks}
+            yield half
 
 
 class Uploader:
@@ -23717,6 +23753,8 @@ class Uploader:
         self.session, self.planner = session, planner
         self.folder, self.memory, self.link = session.folder, session.memory, session.link
         self.unknown: set[str] = set()               # keys of what is known to us elsewhere, but not to the server
+        self.limits: dict[str, tuple[int, CloudError]] = {}      # {whose: (bytes of a file that was too much, why)}, of a round
+        self.left: int | None = None                 # bytes there is room for, if we asked
 
     def make_collections(self, keys: list[str]) -> None:
         for some in pieces(keys, COMMIT_FILES):
@@ -23727,9 +23765,9 @@ class Uploader:
                     self.memory.agree(key, collection_there(here.path, outcome["node"]), here)
 
     def upload(self, keys: list[str]) -> None:
-        """Small files by thousands in one commit; of large ones only the chunks the server lacks."""
-        here = self.session.scan.here
-        for some in loads(keys, lambda key: here[key].size if here[key].size <= CHUNK_SIZE else 0, COMMIT_BYTES):
+        """Small files by thousands in one commit; of large ones only the chunks the server lacks, which it keeps for them alone for hours."""
+        here, self.limits, self.left = self.session.scan.here, {}, None
+        for some in loads(keys, lambda key: here[key].size, COMMIT_BYTES):
             batch = Outgoing()
             for key in some:
                 with self.session.forgiving(here[key].path):
@@ -23740,6 +23778,8 @@ class Uploader:
 
     def _take(self, batch: Outgoing, key: str, here: Here) -> None:
         """Read a file into a batch.  raises OSError"""
+        if self._is_too_much(key, here):
+            return
         base, data = self.memory.base.get(key), b""
         moved = self.memory.base.get(self.planner.crossing.get(key, ""))
         if moved and key not in self.unknown and (state_here(moved, here) == "same" or self.planner.holds(here.path, moved)):
@@ -23750,12 +23790,14 @@ class Uploader:
             return
         with self.folder.read(here.path, here) as file:
             if here.size > CHUNK_SIZE:
-                chunks = self._send_ahead(file)
+                chunks = self._send_ahead(file, key, here)
+                if chunks is None:
+                    return
             else:
                 data = read_fully(file, here.size)
                 chunks = [(hashlib.sha256(data).hexdigest(), len(data))] if data else []
-            now = here_of(here.path, os.fstat(file.fileno()))
-        if not is_like_here(now, here) or sum(size for _, size in chunks) != here.size:
+            check_same(file, here)
+        if sum(size for _, size in chunks) != here.size:
             raise Changing(errno.EAGAIN, "somebody writes to it")
         self._offer(batch, key, here, chunks, data)
 
@@ -23774,15 +23816,63 @@ class Uploader:
         if data:
             batch.chunks[new.content] = data
 
-    def _send_ahead(self, file: BinaryIO) -> list[tuple[str, int]]:
-        """Cut a large file and send what the server lacks; returns its chunks."""
+    def _send_ahead(self, file: BinaryIO, key: str, here: Here) -> list[tuple[str, int]] | None:
+        """Cut a large file and send what the server lacks, as long as nobody writes to it; returns its chunks, None if they are too much.
+
+        raises  OSError
+        """
+        self._check_left(key, here)
         chunks: list[tuple[str, int]] = []
         for datas in loads(cut_by_content(file), len, WINDOW):
+            if self._is_too_much(key, here):
+                break
+            check_same(file, here)
             window = [(hashlib.sha256(data).hexdigest(), data) for data in datas]
             chunks += [(hash, len(data)) for hash, data in window]
-            self.session.fly(partial(self._send_missing, dict(window)), lambda done: None)
+            self.session.fly(partial(self._send_missing, dict(window)), partial(self._sent, key, here))
         self.session.land_all()
-        return chunks
+        return None if self._is_too_much(key, here) else chunks
+
+    # ---- what is too much for the server (invariant 7)
+
+    def _is_too_much(self, key: str, here: Here) -> bool:
+        """Was a file that is no larger refused in this round?"""
+        limit, why = self.limits.get(self.planner.owner(key), (LARGEST, None))
+        if here.size >= limit:
+            self.session.failed[here.path] = str(why)
+        return here.size >= limit
+
+    def _limit(self, key: str, here: Here, why: CloudError) -> None:
+        if not self._is_too_much(key, here):
+            self.limits[self.planner.owner(key)] = here.size, why
+            self.session.failed[here.path] = str(why)
+
+    def _check_left(self, key: str, here: Here) -> None:
+        """Is there room for a large file of ours?  What is sent ahead of one that does not fit would be in the way of others for hours."""
+        if self.planner.owner(key):
+            return
+        if self.left is None:
+            self.left = self.link.call("account", "GET", "/api/v1/account")["left"]
+        there = self.memory.there.get(key)
+        growth = here.size - (there.size if there else 0)
+        if growth > self.left:
+            self._limit(key, here, CloudError("over-quota", "there is room for %s more" % format_size(self.left)))
+        else:
+            self.left -= growth
+
+    def _sent(self, key: str, here: Here, refusal: CloudError | None) -> None:
+        if refusal:
+            self._limit(key, here, refusal)
+
+    def _deliver_less(self, batch: Outgoing, refusal: CloudError) -> None:
+        """What is too much at once may not be in two halves; a file that is too much alone costs itself, and those as large."""
+        if len(batch.items) == 1:
+            (key, here, _), = batch.items
+            self._limit(key, here, refusal)
+            return
+        for half in batch.halves():
+            if not all([self._is_too_much(key, here) for key, here, _ in half.items]):
+                self._delivered(half, self._deliver(half))
 
     def _missing(self, hashes: Collection[str]) -> set[str]:
         """Those that the server lacks."""
@@ -23791,6 +23881,7 @@ class Uploader:
         body = format_json({"hashes": list(hashes)})
         return set(self.link.call("missing", "POST", "/api/v1/chunks/missing", body)["missing"]).intersection(hashes)
 
+    @or_too_much
     def _send_missing(self, window: dict[str, bytes]) -> None:
         frames = b"".join(format_frame(window[hash]) for hash in self._missing(window))
         if frames:
@@ -23798,13 +23889,17 @@ class Uploader:
         if self.session.progress:
             self.session.progress.add(sum(map(len, window.values())))
 
+    @or_too_much
     def _deliver(self, batch: Outgoing) -> dict[str, Any]:
         """Commit files together with their chunks; what is not quite small is asked for first."""
         lacking = self._missing([hash for hash, data in batch.chunks.items() if len(data) > INLINE_LIMIT])
         frames = b"".join(format_frame(data) for hash, data in batch.chunks.items() if len(data) <= INLINE_LIMIT or hash in lacking)
         return self.session.commits.send(batch.steps, frames)
 
-    def _delivered(self, batch: Outgoing, answer: dict[str, Any]) -> None:
+    def _delivered(self, batch: Outgoing, answer: dict[str, Any] | CloudError) -> None:
+        if isinstance(answer, CloudError):
+            self._deliver_less(batch, answer)
+            return
         for (key, here, there), outcome in zip(batch.items, self.session.commits.saw(answer)):
             if self.session.went_well(here.path, outcome):
                 self.memory.agree(key, there._replace(node=outcome["node"], etag=outcome["etag"]), here)
@@ -23911,7 +24006,7 @@ class Downloader:
         for key in keys:
             there = self.memory.there[key]
             if there.size and there.content not in datas:
-                self.session.lacking[there.path] = "the server cannot give its bytes: they may be damaged there"
+                self.session.failed[there.path] = "the server cannot give its bytes: they may be damaged there"
                 continue
             path = self.planner.path_here(key, there.path)
             with self.session.forgiving(there.path), self.folder.temporary() as file:
@@ -23968,7 +24063,7 @@ class Downloader:
             with self._old_self(key) as (old, places):
                 for window in loads(chunks[self._verified_part(file, chunks):], lambda chunk: chunk[1], WINDOW):
                     if not self._build(file, window, old, places):
-                        self.session.lacking[there.path] = "the server cannot give all of its bytes: they may be damaged there"
+                        self.session.failed[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
             file.end_at(there.size)
             self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key), large=True)
@@ -24058,7 +24153,7 @@ class SyncClient:
         sent, received = session.link.sent, session.link.received
         asked_anew = False
         for turn in range(ROUNDS):
-            session.unsettled, session.lacking, session.refused = set(), {}, {}
+            session.unsettled, session.failed, session.refused = set(), {}, {}
             self.follower.fetch()
             self._look()
             self.mover.follow()
@@ -24115,6 +24210,7 @@ class SyncClient:
             session.progress.total += sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
         for key in plan.of("forget"):            # first, for it may be known in another place by the next note
             self.memory.set("base", key, None)
+        self.memory.take_away(plan.of("compare"))
         for key in plan.of("compare"):
             self._compare(key)
         self.downloader.make_directories([key for key in plan.of("download") if there[key].kind])
@@ -24147,7 +24243,7 @@ class SyncClient:
         session = self.session
         for path in session.unsettled:
             session.complain(path, "it changes while it is read")
-        for path, reason in [*session.lacking.items(), *session.refused.items()]:
+        for path, reason in [*session.failed.items(), *session.refused.items()]:
             session.complain(path, reason)
         for path in self.memory.twin:
             session.complain(path, "cannot be told apart from another name here")

@@ -22156,6 +22156,122 @@ def test_a_full_disk_in_mid_download(laptop, cloud, ann, monkeypatch):
     assert one.run().downloaded == 1 and one.tree() == tree(cloud, ann) and len(tree(cloud, ann)) == 10
 
 
+@pytest.mark.parametrize("what", ["quota", "disk", "quota of a share"])
+def test_what_is_too_much_for_the_server_costs_itself(laptop, cloud, ann, monkeypatch, what):
+    """Invariant 7: what fits goes up, what others did comes down, and what is deleted here makes room there."""
+    one, room = laptop(), cs.Space.has_room
+    for n in range(20):
+        one.write("old%02d" % n, random_bytes(100_000))
+    one.run()
+    top = ""
+    if what == "quota":
+        cloud.accounts.update("ann", ann, quota=2_950_000)
+    elif what == "disk":
+        monkeypatch.setattr(cs.Space, "has_room", lambda space: False)
+    else:
+        bob = account(cloud, "bob", quota=950_000)
+        put(cloud, bob, "shared/theirs", "bob", parents=True), give(cloud, bob, "shared", "ann", role="edit")
+        one.run()
+        top = "shared/"
+    for n in range(30):
+        one.write("%snew%02d" % (top, n), random_bytes(100_000 - n))
+    one.write(top + "large", random_bytes(5 * MiB)), one.write(top + "tiny", "tiny"), one.write("empty", ""), (one.path / "old00").unlink()
+    put(cloud, ann, "theirs", "theirs") if what != "disk" else None
+    tally = one.run()
+    fit = sum(path.startswith(top + "new") for path in tree(cloud, ann))
+    assert fit == {"quota": 10, "disk": 0, "quota of a share": 9}[what], tally
+    assert set(one.problems) == {path for path in one.tree() if path not in tree(cloud, ann)} and len(one.problems) >= 21
+    assert "old00" not in tree(cloud, ann) and "empty" in tree(cloud, ann) and (what == "disk" or one.read("theirs") == b"theirs")
+    assert tally.bytes_up < 32 * MiB, tally
+    if what == "quota":
+        for n in range(1, 20):
+            (one.path / ("old%02d" % n)).unlink()
+        assert one.run(yes=True).uploaded == 19 and one.problems.keys() == {"large", "new00"}
+    monkeypatch.setattr(cs.Space, "has_room", room)
+    for name in ("ann", "bob"):
+        cloud.accounts.update(name, ann, quota=100 * MiB) if what != "disk" and (name == "ann" or top) else None
+    one.run()
+    assert not one.problems and tree(cloud, ann) == one.tree() and len(one.tree()) >= 34
+
+
+def test_large_files_are_committed_one_by_one_and_count_once(laptop, cloud, ann, asked):
+    """Their chunks are kept for hours, and count, only until they have a place."""
+    cloud.accounts.update("ann", ann, quota=30 * MiB)
+    one, before = laptop(), cloud.journal.head()
+    for n in range(4):
+        one.write("large%d" % n, random_bytes(6 * MiB))
+    one.write("small", random_bytes(2 * MiB))
+    one.run()
+    assert not one.problems and tree(cloud, ann) == one.tree() and cloud.db.read("SELECT * FROM loose") == []
+    commits = cloud.db.read("SELECT count(*) FROM journal WHERE seq > ? AND action = 'sync'", (before,))[0][0]
+    assert commits >= 3
+
+
+def test_a_large_file_that_somebody_writes_to_is_left_at_once(laptop, cloud, ann, monkeypatch):
+    one = laptop()
+    one.write("log", random_bytes(40 * MiB))
+    call = cs.Link.call
+
+    def written(link, shape, method, path, body=None, **how):
+        if path.startswith("/api/v1/chunks"):
+            with open(one.path / "log", "ab") as file:
+                file.write(b"more")
+        return call(link, shape, method, path, body, **how)
+    monkeypatch.setattr(cs.Link, "call", written)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    one.run()
+    assert list(one.problems) == ["log"] and cloud.db.read("SELECT coalesce(sum(size), 0) FROM loose")[0][0] < 40 * MiB
+
+
+def test_a_link_that_is_made_where_a_file_arrives_stays(laptop, cloud, ann, monkeypatch):
+    one = laptop()
+    one.run()
+    put(cloud, ann, "f", "theirs")
+    settle = cs.Folder.settle
+
+    def late(folder, file, path, *rest):
+        if not os.path.lexists(folder.place(path)):
+            os.symlink("/nowhere", folder.place(path))
+        return settle(folder, file, path, *rest)
+    monkeypatch.setattr(cs.Folder, "settle", late)
+    one.run()
+    assert os.readlink(one.path / "f") == "/nowhere" and list(one.problems) == ["f"] and get(cloud, ann, "f") == b"theirs"
+
+
+def test_many_conflicts_are_written_down_at_once(laptop, cloud, ann):
+    one, two, said = laptop("one"), laptop("two"), []
+    for n in range(120):
+        one.write("f%d" % n, "one")
+    one.run(), two.run()
+    for n in range(120):
+        one.write("f%d" % n, "ones"), two.write("f%d" % n, "twos")
+    one.run()
+    client = two.start()
+    client.memory.db.set_trace_callback(said.append)
+    tally = client.run()
+    two.stop(), one.run()
+    assert tally.conflicts == 120 and one.tree() == two.tree() == tree(cloud, ann) and len(one.tree()) == 240
+    assert sum("synchronous = FULL" in statement for statement in said) <= 3
+
+
+def test_what_could_not_be_written_down_is_still_to_be_taken_away(tmp_path):
+    """A disk that is full when it is to be noted that something went here: whoever is killed then finds what was noted before."""
+    memory = cs.Memory(tmp_path / "state.db", cs.key_of)
+    here = cs.Here("f", 0, 1, 1, 1, 1)
+    for key in ("f", "g"):
+        memory.agree(key, cs.There(key, "1", 0, "e", 1, 1, "c", ""), here)
+    memory.flush(), memory.take_away(["f"])
+    memory.set("base", "f", None)
+    memory.db.execute("PRAGMA max_page_count = 1")
+    memory.db.execute("CREATE TRIGGER full BEFORE DELETE ON base BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END")
+    with pytest.raises(cs.Stopped):
+        memory.flush()
+    memory.take_away(["g"])
+    memory.close()
+    with contextlib.closing(cs.Memory(tmp_path / "state.db", cs.key_of)) as again:
+        assert again.leaving == {"f", "g"} and set(again.base) == {"f", "g"}
+
+
 def test_a_clock_that_was_set_back_loses_no_edit(laptop, cloud, ann):
     one, two = laptop("one"), laptop("two")
     one.write("f", "now")
