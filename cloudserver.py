@@ -21505,7 +21505,8 @@ LARGEST = (1 << 63) - 1
 FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
 LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
 REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with
-JUNK = (*REGENERATED, "~$*", ".~lock.*#", SYNC_HOME + "/")
+JUNK = (*REGENERATED, "~$*", ".~lock.*#", SYNC_HOME + "/", SYNC_HOME + "-*")
+BESIDE_ITS_PLACE = re.compile(re.escape(SYNC_HOME) + r"-[0-9a-f]{16}-\d+")       # a file under construction where our corner is on another file system
 
 
 class There(NamedTuple):
@@ -22000,16 +22001,52 @@ class Folder:
     def settle(self, file: Temporary, path: str, expected: Here | None, base: Base | None) -> Here | None:
         """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
         self.prove(path)
-        if not is_like_here(self.look(path, sure=True), expected) or not expected and os.path.lexists(self.place(path)):
-            return None                          # or it is a link, which is nothing that was compared
+        if not self._is_as_seen(path, expected):
+            return None
         if expected and not (base and self.content(path, base) == base.content and is_like_here(self.look(path), expected)):
             return None
-        place = self.place(path)
-        insist(os.replace, file.place, place)
-        file.settled = True
+        try:
+            insist(os.replace, file.place, self.place(path))
+            file.settled = True
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            if not self._settle_across(file, path, expected):
+                return None
         self.touch(path)
         here = self.look(path)
         return here if here and has_same_bytes(here, file.made) else file.made._replace(ctime_ns=-1)     # somebody wrote to it since
+
+    def _is_as_seen(self, path: str, expected: Here | None) -> bool:
+        """Is at a path what we saw there?  A link is something, too.  raises OSError"""
+        return is_like_here(self.look(path, sure=True), expected) and (expected is not None or not os.path.lexists(self.place(path)))
+
+    def _settle_across(self, file: Temporary, path: str, expected: Here | None) -> bool:
+        """On another file system than our corner's, a copy beside its place is put there.  raises OSError"""
+        beside = Temporary(os.path.join(os.path.dirname(self.place(path)), "%s-%s-%d" % (SYNC_HOME, self._mark, next(self._count))), keeps=False)
+        try:
+            with open(file.place, "rb", buffering=0) as built:
+                for data in iter(partial(read_fully, built, MiB), b""):
+                    beside.append(data)
+                beside.end_at(file.made.size)
+            self.finish(beside, path, file.made.mtime_ns // 1_000_000, expected, large=True)
+            if not self._is_as_seen(path, expected):
+                return False
+            insist(os.replace, beside.place, self.place(path))
+            beside.settled, file.made = True, beside.made
+        finally:
+            beside.discard()
+        file.keeps = False                       # it is not needed any more
+        file.discard()
+        return True
+
+    def sweep(self, paths: Iterable[str]) -> None:
+        """Remove what was left beside its place by who was killed, of what was passed over."""
+        for path in paths:
+            if BESIDE_ITS_PLACE.fullmatch(name_of(path)):
+                with suppress(OSError):
+                    self.prove(path)
+                    os.unlink(self.place(path))
 
     def make_directory(self, path: str) -> Here:
         """Make a directory, and those above it, unless they are there.  raises OSError"""
@@ -22095,7 +22132,10 @@ class Temporary:
         self.fd = os.open(place, os.O_RDWR | os.O_CREAT | O_EXTRA | (0 if keeps else os.O_EXCL), 0o666)
 
     def append(self, data: bytes) -> None:
-        """Write all of it, or raise OSError."""
+        """Write all of it, or raise OSError.  A hole stays one; end_at ends it."""
+        if data.count(0) == len(data):
+            os.lseek(self.fd, len(data), os.SEEK_CUR)
+            return
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(self.fd, rest):]
@@ -23553,7 +23593,12 @@ class Mover:
         old, target = here[key], self.planner.path_here(new, path) if new != key else path
         if not is_like_here(self.folder.look(old.path), old):
             raise Changing(errno.EAGAIN, "it has changed since it was looked at")
-        self.folder.rename(old.path, target)
+        try:
+            self.folder.rename(old.path, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            return                               # to another file system: it comes anew there, and goes here
         memory.rekey("base", key, base.path, new, path)
         self._renamed_here(key, new, target)
 
@@ -24011,6 +24056,7 @@ class Downloader:
             path = self.planner.path_here(key, there.path)
             with self.session.forgiving(there.path), self.folder.temporary() as file:
                 file.append(datas[there.content] if there.size else b"")
+                file.end_at(there.size)
                 self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key))
                 self.built.append(Built(key, there, path, file))
         count = len(self.built) - sum(count for count, _ in self.groups)
@@ -24108,10 +24154,7 @@ class Downloader:
         for hash, size in window:
             if hash not in datas:
                 return False
-            if datas[hash].count(0) == size:
-                os.lseek(file.fd, size, os.SEEK_CUR)         # a hole stays one
-            else:
-                file.append(datas[hash])
+            file.append(datas[hash])
         return True
 
     # ---- deletions, last
@@ -24189,6 +24232,7 @@ class SyncClient:
         session.rules = self.folder.rules()
         session.scan = session.scan._replace(here={})        # two of them would be much memory
         session.scan = self.folder.scan(session.rules)
+        self.folder.sweep(session.scan.junk)
         self.folder.check_place()
         for key in self.memory.leaving:
             if key not in session.scan.here:

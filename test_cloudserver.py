@@ -20927,6 +20927,54 @@ def test_a_real_disk_below_the_folder_is_unmounted(laptop, cloud, ann):
     assert set(one.problems) == {"disk"} and tree(cloud, ann)["disk/a"] == b"a"
 
 
+@pytest.fixture
+def across(monkeypatch):
+    """What is below a directory called disk, as if that were another file system: nothing is renamed into it, or out of it."""
+    def within(act):
+        def acted(old, new, **how):
+            if ("disk" in Path(old).parts) != ("disk" in Path(new).parts):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), old)
+            return act(old, new, **how)
+        return acted
+    monkeypatch.setattr(os, "replace", within(os.replace)), monkeypatch.setattr(os, "rename", within(os.rename))
+
+
+def test_what_lies_on_another_disk_in_the_folder_is_synced_like_the_rest(laptop, cloud, ann, across, monkeypatch):
+    """New files, small, large and with holes, changed ones, and moves into it and out of it, one by one and with what holds them."""
+    one, hole = laptop(), bytes(9 * MiB) + b"end"
+    one.write("disk/old", "old"), one.write("disk/d/f", "f"), one.write("out", "out"), one.write("e/g", "g"), one.write("rest", "rest")
+    one.run()
+    os.chmod(one.path / "disk/old", 0o600)
+    for path, data in (("disk/small", "small"), ("disk/sub/none", ""), ("disk/large", random_bytes(6 * MiB)), ("disk/hole", hole), ("disk/old", "new")):
+        put(cloud, ann, path, data, parents=True)
+    cloud.files.move(ann, (("out",), ("disk", "in"))), cloud.files.move(ann, (("disk", "d"), ("d",))), cloud.files.move(ann, (("e",), ("disk", "e")))
+    assert one.run().conflicts == 0 and not one.problems
+    assert one.tree() == tree(cloud, ann) and one.read("disk/e/g") == b"g" and one.read("disk/hole") == hole and one.run().work() == 0
+    assert os.name == "nt" or os.stat(one.path / "disk/old").st_mode & 0o777 == 0o600 and os.stat(one.path / "disk/hole").st_blocks * 512 < MiB
+    assert os.stat(one.path / "disk/small").st_mtime_ns == cloud.files.stat(ann, ("disk", "small")).mtime * 1_000_000
+    assert not [left for left in (one.path / cs.SYNC_HOME / "tmp").iterdir()]
+
+
+def test_what_is_left_on_another_disk_by_who_was_killed_goes(laptop, cloud, ann, across, monkeypatch):
+    one = laptop()
+    one.write("disk/f", "f"), one.write("disk/.cloudserver-mine", "mine")
+    one.run()
+    put(cloud, ann, "disk/new", "new")
+    finish = cs.Folder.finish
+
+    def killed(folder, file, *rest, **how):
+        finish(folder, file, *rest, **how)
+        if cs.SYNC_HOME not in Path(file.place).parts:
+            raise Crash
+    with monkeypatch.context() as patch:
+        patch.setattr(cs.Folder, "finish", killed), patch.setattr(cs.Temporary, "discard", lambda file: None)
+        with pytest.raises(Crash):
+            one.run()
+    left = [name for name in os.listdir(one.path / "disk") if cs.BESIDE_ITS_PLACE.fullmatch(name)]
+    assert left and one.run().downloaded == 1
+    assert sorted(os.listdir(one.path / "disk")) == [".cloudserver-mine", "f", "new"] and tree(cloud, ann).keys() == {"disk", "disk/f", "disk/new"}
+
+
 def test_a_file_that_is_back_before_its_deletion_is_not_deleted(laptop, cloud, ann, monkeypatch):
     """As editors save: away, and at once there again; also a directory that another took the place of."""
     one = laptop()
