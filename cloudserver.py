@@ -22486,6 +22486,7 @@ MANIFEST_LINE = 64 * MiB        # bytes of one line of a manifest: a file of 1 T
 CHANGES_LIMIT = 2_000           # nodes in one answer
 PIECE_READ = 256 * KiB          # bytes of an answer that are taken at once
 STRIKES = 3                     # answers in a row that break off before anything came: then it is the network
+AGAIN_LATER = (408, 429, 502, 503, 504)          # what a server says that has no time, or a proxy whose server is just starting
 
 # ---- what an answer may hold (invariant 6)
 
@@ -22552,6 +22553,7 @@ SHAPES: dict[str, dict[str, Callable[[Any], bool]]] = {  # what answers are made
     "missing": {"missing": are_hashes},
     "account": {"left": is_count},
     "device": {"token": lambda value: is_word(value) and value != ""},
+    "root": {"server": is_word},
 }
 FIELDS = {shape: [(name.rstrip("_"), name[-1] == "_", fits) for name, fits in fields.items()] for shape, fields in SHAPES.items()}
 
@@ -22727,7 +22729,7 @@ class Link:
                     raise self._unreachable(trouble) from trouble
                 self._pause(0.1 * 2 ** attempt)
                 continue
-            if response.status not in (429, 503) or attempt == tries:
+            if response.status not in AGAIN_LATER or attempt == tries:
                 raise error
             self._pause(min(30, int(wait)) if re.fullmatch(r"\d{1,4}", wait, re.ASCII) else 1)
         raise self._nonsense()
@@ -22738,8 +22740,14 @@ class Link:
                            "from now on, as ssh does" % (self.host, error.verify_message))
         return Stopped("cannot reach %s: %s" % (self.host, error or type(error).__name__))
 
-    def _nonsense(self, status: int | None = None) -> Stopped:
-        return Stopped("%s does not answer as a cloudserver" % self.host + ("" if status is None else ": status %d" % status))
+    def _nonsense(self, response: http.client.HTTPResponse | None = None) -> Stopped:
+        """What is said of an answer that is none of ours, but perhaps of what stands before the server."""
+        why, status, target = "", getattr(response, "status", 0), response and response.getheader("Location")
+        if status == 413:
+            why = "; a proxy before it takes no requests of this size (nginx: client_max_body_size 0)"
+        elif target and 300 <= status < 400:
+            why = "; it leads to %s, give that as the address if it is the server's" % target
+        return Stopped("%s does not answer as a cloudserver%s%s" % (self.host, ": status %d" % status if status else "", why))
 
     def _refusal(self, response: http.client.HTTPResponse) -> Exception:
         """What the server says in place of what was asked."""
@@ -22747,7 +22755,7 @@ class Link:
             problem = checked("problem", parse_json(response.read(MiB)))
         except (CloudError, Stopped):
             self._drop()
-            return self._nonsense(response.status)
+            return self._nonsense(response)
         code, detail = problem["code"], problem["detail"]
         if response.status == 401:
             return Stopped("the server does not let this device in any more (%s); nothing was touched. "
@@ -23032,6 +23040,18 @@ def plain_url(url: str) -> tuple[str, str]:
     parts = read_url(url if "://" in url else "https://" + url)
     host = parts.netloc.rpartition("@")[2]
     return "%s://%s%s" % (parts.scheme, host, parts.path.rstrip("/")), unquote_to_bytes(parts.username or "").decode("utf-8", "replace")
+
+
+def check_same_server(memory: Memory, address: str, wishes: Wishes) -> None:
+    """Is the server of a folder at another address now?  raises Stopped, unless somebody said yes to another one"""
+    with closing(Link(address, "", AGENT, memory.words.get("trust", ""))) as link:
+        try:
+            server = link.call("root", "GET", "/api/v1", tries=2)["server"]
+        except CloudError as error:
+            raise Stopped("%s: %s" % (address, error)) from error
+    if server != memory.words.get("server", server) and not wishes.yes:
+        raise Stopped("this folder belongs to %s, and at %s is another server; nothing was touched. With --yes both sides are merged "
+                      "and nothing is deleted" % (memory.words["url"], address), ASK)
 
 
 def is_let_in(memory: Memory) -> bool:
@@ -24406,12 +24426,13 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
     lock = open_alone(folder)
     try:
         memory = Memory(folder.home / "state.db", folder.key)
-        words = memory.words
-        if url and words.get("url") not in (None, plain_url(url)[0]):
-            raise Stopped("this folder belongs to %s" % words["url"], USAGE)
+        words, address = memory.words, plain_url(url or memory.words.get("url", ""))[0]
+        moved = words.get("url", address) != address
         if wishes.trust:
-            memory.say(trust=Link(words.get("url") or plain_url(url)[0], "", AGENT).certificate())
-        if "token" not in words or wishes.again and not is_let_in(memory):
+            memory.say(trust=Link(address, "", AGENT).certificate())
+        if moved:
+            check_same_server(memory, address, wishes)
+        if "token" not in words or moved or wishes.again and not is_let_in(memory):
             introduce(memory, url or "", wishes.device or words.get("device") or socket.gethostname(), password, plain=wishes.plain)
             folder.secure()
             record_folder(record, "%s\n%s\n" % (folder.root, words["url"]))

@@ -21902,6 +21902,40 @@ def test_a_device_that_is_let_in_again_has_forgotten_nothing(laptop, cloud, ann)
     assert stopped.value.code == 2
 
 
+def test_a_server_that_has_another_address_is_the_same_server(laptop, cloud, ann, make_cloud, serve_cloud):
+    """What was agreed on stays; another server is one to ask about."""
+    one = laptop()
+    one.write("renamed", "renamed"), one.write("deleted", "deleted"), one.write("same", "same")
+    one.run()
+    (one.path / "renamed").rename(one.path / "r"), cloud.files.delete(ann, ("deleted",))
+    old, one.url = one.url, one.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(cs.Stopped) as stopped:
+        one.run(password="wrong")
+    assert stopped.value.code == 4 and "deleted" in one.tree()
+    tally = one.run()
+    assert (tally.moved, tally.deleted_here, tally.work()) == (1, 1, 2) and one.tree() == tree(cloud, ann) == {"r": b"renamed", "same": b"same"}
+    other = make_cloud(name="other")
+    account(other)
+    one.url = "http://ann@127.0.0.1:%d" % serve_cloud(other)[1]
+    with pytest.raises(cs.Stopped, match="another server") as stopped:
+        one.run()
+    assert stopped.value.code == 3 and tree(other, other.accounts.principal("ann")) == {}
+    one.url = old
+    assert one.run().work() == 0
+
+
+@pytest.mark.parametrize("answer, words", [
+    (b"HTTP/1.1 301 Moved Permanently\r\nLocation: https://cloud.example/\r\nContent-Length: 0\r\n\r\n", "https://cloud.example/"),
+    (b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 5\r\n\r\nnginx", "client_max_body_size"),
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 5\r\n\r\nnginx", "status 404")])
+def test_what_stands_before_a_server_is_told_by_its_answer(laptop, meddler, answer, words):
+    one = laptop()
+    one.url = "http://ann@%s:%d" % meddler.address
+    meddler.play(lambda near, told: answer, "", 1)
+    with pytest.raises(cs.Stopped, match=re.escape(words)):
+        one.run()
+
+
 def test_a_device_that_is_let_in_is_not_asked_again(laptop, cloud, ann):
     one = laptop()
     one.run()
