@@ -16855,7 +16855,7 @@ def tus_override(cloud: Cloud, who: Principal, request: Request, id: str) -> Res
 
 # ---- native sync: many small files in one request, and of a large one only what the other side lacks
 
-LINE_OF_OPS = 4 * MiB           # bytes of the first line of a commit
+LINE_OF_OPS = 16 * MiB          # bytes of the first line of a commit: a file of 1 TiB has 10 at most
 WAIT_LIMIT = 60                 # seconds that a question may wait for its answer
 EVENTS_LIFE = 10 * 60           # seconds after which a listener has to ask again
 
@@ -21498,6 +21498,7 @@ class Move:
 
 SYNC_HOME = ".cloudserver"      # the folder's own corner: state, lock, files under construction
 CUT_LEAST, CUT_MOST = MiB, 8 * MiB      # bytes of a chunk where content decides; smaller files than CHUNK_SIZE are one
+CUTS_MOST = 65_536              # chunks of a file, about; larger ones have larger chunks
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
 YOUNG = 120_000_000_000         # ns after a write in which a memory map may write more and leave the time as it is
 RULES_LIMIT = 1_000             # lines of a .cloudignore that count
@@ -22242,19 +22243,27 @@ def read_fully(file: BinaryIO, size: int) -> bytes:
     return data
 
 
-def cut_by_content(file: BinaryIO) -> Iterator[bytes]:
-    """The bytes of a file in chunks that end where the content says so: an insertion moves only those around it."""
-    data, at, ended = b"", 0, False
+def sizes_of_cuts(size: int) -> tuple[int, int]:
+    """(least, most) bytes of the chunks of a file of so many: a commit has to name them all in its first line."""
+    least, most = CUT_LEAST, CUT_MOST
+    while size > CUTS_MOST * least and least < CUT_MOST:
+        least, most = 2 * least, CHUNK_LIMIT
+    return least, most
+
+
+def cut_by_content(file: BinaryIO, size: int = 0) -> Iterator[bytes]:
+    """The bytes of a file, of about that size, in chunks that end where the content says so: an insertion moves only those around it."""
+    data, at, ended, (least, most) = b"", 0, False, sizes_of_cuts(size)
     while True:
-        if len(data) - at < CUT_MOST and not ended:
-            more = file.read(2 * CUT_MOST)
+        if len(data) - at < most and not ended:
+            more = file.read(2 * most)
             ended = not more
             data, at = data[at:] + more, 0
             continue
         if at == len(data):
             return
-        found = CUT_MARK.search(data, at + CUT_LEAST, at + CUT_MOST)
-        stop = found.end() if found else min(at + CUT_MOST, len(data))
+        found = CUT_MARK.search(data, at + least, at + most)
+        stop = found.end() if found else min(at + most, len(data))
         yield data[at:stop]
         at = stop
 
@@ -23099,6 +23108,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
 
 LANES = 2                       # requests under way while the next is prepared
 BRAKE_LEAST = 50                # deletions that never stop a run
+TURN = 120.0                    # seconds of copying in one direction before a new round begins
 LATE_LOOK = 0.25                # seconds of a run that may go into reading young files once more
 TOO_MUCH = ("over-quota", "disk-full", "too-large")      # refusals for which a file is too large: others may not be
 
@@ -23180,6 +23190,7 @@ class Session:
         self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
         self.commits.seen = []
         self.held = False
+        self.is_cut = False                          # did this round leave something for the next?
 
     def complain(self, path: str, problem: Any) -> None:
         self.problems[self.folder.key(path)] = one_line("%s: %s" % (path, getattr(problem, "strerror", None) or problem))
@@ -23202,6 +23213,15 @@ class Session:
         while self.flying:
             self._land()
         self.commits.advance()
+
+    def in_time(self, loads: Iterable[Any]) -> Iterator[Any]:
+        """Some of what is to be copied in one direction: then it is the other side's turn, and time to see what is new."""
+        until = time.monotonic() + TURN
+        for load in loads:
+            yield load
+            if time.monotonic() > until:
+                self.is_cut = True
+                return
 
     @property
     def is_time(self) -> bool:
@@ -23832,7 +23852,7 @@ class Uploader:
     def upload(self, keys: list[str]) -> None:
         """Small files by thousands in one commit; of large ones only the chunks the server lacks, which it keeps for them alone for hours."""
         here, self.limits, self.left = self.session.scan.here, {}, None
-        for some in loads(keys, lambda key: here[key].size, COMMIT_BYTES):
+        for some in self.session.in_time(loads(keys, lambda key: here[key].size, COMMIT_BYTES)):
             batch = Outgoing()
             for key in some:
                 with self.session.forgiving(here[key].path):
@@ -23888,7 +23908,7 @@ class Uploader:
         """
         self._check_left(key, here)
         chunks: list[tuple[str, int]] = []
-        for datas in loads(cut_by_content(file), len, WINDOW):
+        for datas in loads(cut_by_content(file, here.size), len, WINDOW):
             if self._is_too_much(key, here):
                 break
             check_same(file, here)
@@ -24045,13 +24065,12 @@ class Downloader:
         """Small files by thousands in one request; of large ones only the chunks that are not here."""
         there = self.memory.there
         try:
-            for group in loads([key for key in keys if not there[key].chunks], lambda key: there[key].size, COMMIT_BYTES):
+            for group in self.session.in_time(loads([key for key in keys if not there[key].chunks], lambda key: there[key].size, COMMIT_BYTES)):
                 self._fetch_group(group)
             self.session.land_all()
             self._settle_groups(0)
-            for key in keys:
-                if there[key].chunks:
-                    self._download_large(key, there[key])
+            for key in self.session.in_time([key for key in keys if there[key].chunks]):
+                self._download_large(key, there[key])
         finally:
             for one in self.built:
                 one.file.discard()
@@ -24214,9 +24233,9 @@ class SyncClient:
         session, began = self.session, time.monotonic()
         session.begin()
         sent, received = session.link.sent, session.link.received
-        asked_anew = False
-        for turn in range(ROUNDS):
-            session.unsettled, session.failed, session.refused = set(), {}, {}
+        asked_anew, turn = False, 0
+        while turn < ROUNDS:
+            session.unsettled, session.failed, session.refused, session.is_cut = set(), {}, {}, False
             self.follower.fetch()
             self._look()
             self.mover.follow()
@@ -24225,13 +24244,14 @@ class SyncClient:
             if not plan.actions and not self.planner.look_late():
                 break
             self.planner.check_brake(plan)
-            before = session.tally.work(), self.memory.steps
+            before = self._progress()
             self._execute(plan)
             session.remember()
             if session.held:
                 raise Stopped("the server holds this device because it deletes or overwrites so much; "
                               "allow or undo it on the page", ASK)
-            if (session.tally.work(), self.memory.steps) == before and plan.actions:
+            turn += not session.is_cut
+            if self._progress() == before and plan.actions:
                 if session.refused and not asked_anew:
                     asked_anew = True
                     self.memory.say(cursor=-1)   # what it has is not what we were told: read everything
@@ -24245,6 +24265,10 @@ class SyncClient:
         session.tally.bytes_up, session.tally.bytes_down = session.link.sent - sent, session.link.received - received
         session.tally.seconds = round(time.monotonic() - began, 3)
         return session.tally
+
+    def _progress(self) -> tuple[int, int]:
+        """Something that changes with whatever is done."""
+        return self.session.tally.work(), self.memory.steps
 
     def _look(self) -> None:
         """Scan the folder.  raises Stopped if it is not the one that was opened"""
@@ -24269,9 +24293,9 @@ class SyncClient:
 
     def _execute(self, plan: Worklist) -> None:
         """In an order that is safe at every instant: copies first, deletions last."""
-        session, here, there = self.session, self.session.scan.here, self.memory.there
+        session, here, there, before = self.session, self.session.scan.here, self.memory.there, self._progress()
         if session.progress:
-            session.progress.total += sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
+            session.progress.total = session.progress.done + sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
         for key in plan.of("forget"):            # first, for it may be known in another place by the next note
             self.memory.set("base", key, None)
         self.memory.take_away(plan.of("compare"))
@@ -24281,9 +24305,10 @@ class SyncClient:
         self.uploader.make_collections([key for key in plan.of("upload") if here[key].kind])
         self.uploader.upload([key for key in plan.of("upload") if not here[key].kind])
         self.downloader.download([key for key in plan.of("download") if not there[key].kind])
-        self.downloader.delete(plan.of("delete here"))
-        self.mover.let_go(plan)
-        self.uploader.delete(plan.of("delete there"))
+        if not session.is_cut or self._progress() == before:         # else there are copies to come
+            self.downloader.delete(plan.of("delete here"))
+            self.mover.let_go(plan)
+            self.uploader.delete(plan.of("delete there"))
         session.commits.advance()
         if session.progress:
             session.progress.end()

@@ -22354,6 +22354,38 @@ def test_what_could_not_be_written_down_is_still_to_be_taken_away(tmp_path):
         assert again.leaving == {"f", "g"} and set(again.base) == {"f", "g"}
 
 
+def test_whoever_has_much_to_send_sees_meanwhile_what_others_did(laptop, cloud, ann, monkeypatch):
+    """Each side has its turn, however long it takes, until both are alike; what is deleted comes last."""
+    one, sent = laptop(), []
+    one.write("old here", "old"), one.write("old there", "old")
+    one.run()
+    monkeypatch.setattr(cs, "TURN", 0), monkeypatch.setattr(cs, "FIRST_FILES", 5), monkeypatch.setattr(cs, "COMMIT_FILES", 5)
+    for n in range(100):
+        one.write("mine%02d" % n, "mine%d" % n)
+        put(cloud, ann, "theirs%02d" % n, "theirs%d" % n) if n < 50 else None
+    (one.path / "old here").unlink(), cloud.files.delete(ann, ("old there",))
+    send = cs.Commits.send
+
+    def seen(commits, steps, *rest):
+        sent.append((sum(name.startswith("theirs") for name in os.listdir(one.path)), "old here" in tree(cloud, ann), (one.path / "old there").exists()))
+        if len(sent) == 10:
+            put(cloud, ann, "news", "news")
+        return send(commits, steps, *rest)
+    monkeypatch.setattr(cs.Commits, "send", seen)
+    tally = one.run()
+    assert (tally.uploaded, tally.downloaded, tally.deleted_here, tally.deleted_there) == (100, 51, 1, 1) and one.tree() == tree(cloud, ann) and len(one.tree()) == 151
+    assert [count for count, *_ in sent[:4]] == [0, 5, 10, 15] and all(old for _, *both in sent[:-1] for old in both)
+
+
+@pytest.mark.parametrize("size", [1 << exponent for exponent in range(20, 41)])
+def test_the_chunks_of_a_file_of_any_size_can_be_named_in_a_commit(size):
+    """The largest one may have by default is a TiB."""
+    least, most = cs.sizes_of_cuts(size)
+    longest = len(cs.format_json(["f" * 64, least])) + 1
+    assert size // least * longest < cs.LINE_OF_OPS - cs.PATH_LIMIT - cs.KiB and least < most <= cs.CHUNK_LIMIT
+    assert size > 64 * cs.GiB or (least, most) == (cs.CUT_LEAST, cs.CUT_MOST)
+
+
 def test_a_clock_that_was_set_back_loses_no_edit(laptop, cloud, ann):
     one, two = laptop("one"), laptop("two")
     one.write("f", "now")
