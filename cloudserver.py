@@ -23110,6 +23110,7 @@ LANES = 2                       # requests under way while the next is prepared
 BRAKE_LEAST = 50                # deletions that never stop a run
 TURN = 120.0                    # seconds of copying in one direction before a new round begins
 LATE_LOOK = 0.25                # seconds of a run that may go into reading young files once more
+DISK_FULL = "the disk of %s is full"
 TOO_MUCH = ("over-quota", "disk-full", "too-large")      # refusals for which a file is too large: others may not be
 
 # ---- a run
@@ -23157,7 +23158,7 @@ class Forgiving:
             self.session.unsettled.add(self.path)
         elif isinstance(error, OSError):
             if error.errno == errno.ENOSPC:
-                error.strerror = "the disk of %s is full" % self.session.folder.root
+                error.strerror = DISK_FULL % self.session.folder.root
             self.session.complain(self.path, error)
         return isinstance(error, OSError)
 
@@ -24076,7 +24077,22 @@ class Downloader:
                 one.file.discard()
             self.built.clear(), self.groups.clear()
 
+    def _with_room(self, keys: list[str]) -> list[str]:
+        """Those there is room for here: else the same would be fetched in vain, again and again."""
+        with suppress(OSError):
+            left, fit = shutil.disk_usage(self.folder.top).free, []
+            for key in keys:
+                there = self.memory.there[key]
+                if there.size <= left:
+                    left -= there.size
+                    fit.append(key)
+                else:
+                    self.session.failed[there.path] = DISK_FULL % self.folder.root
+            return fit
+        return keys
+
     def _fetch_group(self, keys: list[str]) -> None:
+        keys = self._with_room(keys)
         wanted = list(dict(chunk for key in keys for chunk in chunks_of(self.memory.there[key])).items())
         if wanted:
             self.session.fly(partial(self.fetcher.ask, wanted), partial(self._build_group, keys, wanted))

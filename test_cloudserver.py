@@ -22354,6 +22354,20 @@ def test_what_could_not_be_written_down_is_still_to_be_taken_away(tmp_path):
         assert again.leaving == {"f", "g"} and set(again.base) == {"f", "g"}
 
 
+def test_what_has_no_room_here_is_not_fetched(laptop, cloud, ann, monkeypatch):
+    one, usage = laptop(), shutil.disk_usage
+    for n in range(20):
+        put(cloud, ann, "f%02d" % n, random_bytes(100_000))
+    put(cloud, ann, "small", "small")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(place)._replace(free=250_000) if str(place) == str(one.path) else usage(place))
+    tally = one.run()
+    assert tally.downloaded == 3 + 18 and tally.skipped == 0            # what fits is there, and then the rest: this disk is not what it says
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(place)._replace(free=50_000) if str(place) == str(one.path) else usage(place))
+    put(cloud, ann, "large", random_bytes(100_000)), put(cloud, ann, "small", "other")
+    tally = one.run()
+    assert tally.downloaded == 1 and tally.bytes_down < 50_000 and list(one.problems.values()) == ["large: the disk of %s is full" % one.path]
+
+
 def test_whoever_has_much_to_send_sees_meanwhile_what_others_did(laptop, cloud, ann, monkeypatch):
     """Each side has its turn, however long it takes, until both are alike; what is deleted comes last."""
     one, sent = laptop(), []
