@@ -22020,7 +22020,7 @@ class Folder:
 
     def _is_as_seen(self, path: str, expected: Here | None) -> bool:
         """Is at a path what we saw there?  A link is something, too.  raises OSError"""
-        return is_like_here(self.look(path, sure=True), expected) and (expected is not None or not os.path.lexists(self.place(path)))
+        return is_like_here(self.look(path, sure=True), expected) if expected else not os.path.lexists(self.place(path))
 
     def _settle_across(self, file: Temporary, path: str, expected: Here | None) -> bool:
         """On another file system than our corner's, a copy beside its place is put there.  raises OSError"""
@@ -22029,7 +22029,6 @@ class Folder:
             with open(file.place, "rb", buffering=0) as built:
                 for data in iter(partial(read_fully, built, MiB), b""):
                     beside.append(data)
-                beside.end_at(file.made.size)
             self.finish(beside, path, file.made.mtime_ns // 1_000_000, expected, large=True)
             if not self._is_as_seen(path, expected):
                 return False
@@ -22133,9 +22132,9 @@ class Temporary:
         self.fd = os.open(place, os.O_RDWR | os.O_CREAT | O_EXTRA | (0 if keeps else os.O_EXCL), 0o666)
 
     def append(self, data: bytes) -> None:
-        """Write all of it, or raise OSError.  A hole stays one; end_at ends it."""
+        """Write all of it, or raise OSError; a hole stays one."""
         if data.count(0) == len(data):
-            os.lseek(self.fd, len(data), os.SEEK_CUR)
+            os.ftruncate(self.fd, os.lseek(self.fd, len(data), os.SEEK_CUR))
             return
         rest = memoryview(data)
         while rest:
@@ -24111,7 +24110,6 @@ class Downloader:
             path = self.planner.path_here(key, there.path)
             with self.session.forgiving(there.path), self.folder.temporary() as file:
                 file.append(datas[there.content] if there.size else b"")
-                file.end_at(there.size)
                 self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key))
                 self.built.append(Built(key, there, path, file))
         count = len(self.built) - sum(count for count, _ in self.groups)
@@ -24166,7 +24164,6 @@ class Downloader:
                     if not self._build(file, window, old, places):
                         self.session.failed[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
-            file.end_at(there.size)
             self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key), large=True)
             self._settle(Built(key, there, path, file))
         if self.session.is_time:
