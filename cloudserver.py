@@ -23583,7 +23583,7 @@ class Mover:
         if not astray:
             return False
         memory.take_away(astray)                 # a medium may lose a name of something, and what it is called now
-        by_node = {there.node: key for key, there in memory.there.items()}
+        by_node, newcomers = {there.node: key for key, there in memory.there.items()}, None
         twins = {there.node for there in memory.twin.values()}
         self.planner.stuck |= {key for key in astray if memory.base[key].node in twins}
         for key in sorted(astray, key=lambda key: (key.count("/"), key)):
@@ -23591,14 +23591,19 @@ class Mover:
             new = by_node.get(base.node) if base else None
             there = memory.there.get(new)
             if there is None or base.path == there.path or not self.planner.is_wanted(new) or (
-                    self.planner.state_here(key) != "same" or new != key and (new in here or new in memory.base)
+                    new != key and (new in here or new in memory.base)
                     or any(above in here and not here[above].kind for above in ancestors_of(new))):
                 continue                         # a parent took it along, or something is in the way
+            if key not in here and newcomers is None:
+                newcomers = self._newcomers()
+            at = key if key in here else self._twin_of(key, base, newcomers, ())        # if it was renamed here, too, the server's name counts
+            if at is None or at == key and self.planner.state_here(key) != "same" or self.planner.owner(at) != self.planner.owner(new):
+                continue
             if self._is_stuck(new):
                 self.planner.stuck.add(key)
                 continue
             with self.session.forgiving(there.path):
-                self._rename_here(key, new, there.path)
+                self._rename_here(key, at, new, there.path)
         return self.session.tally.moved > before
 
     def _make_way(self) -> None:
@@ -23627,10 +23632,10 @@ class Mover:
                 return True
         return not self.planner.can_be_here(new)
 
-    def _rename_here(self, key: str, new: str, path: str) -> None:
-        """raises OSError"""
+    def _rename_here(self, key: str, at: str, new: str, path: str) -> None:
+        """Something of base, which is at another key here, perhaps, is to be where it is there.  raises OSError"""
         memory, here, base = self.memory, self.session.scan.here, self.memory.base[key]
-        old, target = here[key], self.planner.path_here(new, path) if new != key else path
+        old, target = here[at], self.planner.path_here(new, path) if new != key else path
         if not is_like_here(self.folder.look(old.path), old):
             raise Changing(errno.EAGAIN, "it has changed since it was looked at")
         try:
@@ -23640,7 +23645,7 @@ class Mover:
                 raise
             return                               # to another file system: it comes anew there, and goes here
         memory.rekey("base", key, base.path, new, path)
-        self._renamed_here(key, new, target)
+        self._renamed_here(at, new, target)
 
     def _renamed_here(self, key: str, new: str, path: str) -> None:
         """Something of base, and all it holds, has another place here."""
@@ -23660,13 +23665,8 @@ class Mover:
         return self.folder.folds and key_of(name_of(base.path)) != key_of(name_of(here.path))
 
     def _follow_here(self, gone: list[str]) -> bool:
-        """What vanished in one place and turned up in another, told by inode, or by time, and content; was anything moved?"""
-        memory, here = self.memory, self.session.scan.here
-        twins: dict[Any, list[str]] = {}
-        for key, found in here.items():
-            if key not in memory.base and key not in memory.there:
-                for mark in known_by(found):
-                    twins.setdefault(mark, []).append(key)
+        """What vanished in one place and turned up in another; was anything moved?"""
+        memory, here, newcomers = self.memory, self.session.scan.here, self._newcomers()
         steps: dict[str, list[tuple[str, str]]] = {"move": [], "cross": [], "back": []}
         taken = set(self.planner.crossing.values())
         for key in sorted(gone, key=lambda key: (key.count("/"), key)):
@@ -23674,14 +23674,27 @@ class Mover:
             if base is None or not taken.isdisjoint(lineage(key)) or state_there(base, memory.there.get(key)) != "same" \
                     or self.planner.is_left_out(key) or top_of(key) in self.planner.ended:
                 continue
-            new = key if key in here else next((new for mark in known_by(base) for new in twins.get(mark, ())
-                                                if new not in taken and self._is_moved(key, base, new)), None)
+            new = key if key in here else self._twin_of(key, base, newcomers, taken)
             if new is not None:
                 steps[self._verdict(key, new)].append((key, new))
                 taken.update((key, new))
         for key, new in steps["cross"]:
             self._cross(key, new)
         return any([*(self._move_back(key, new) for key, new in steps["back"]), *(self._move_there(some) for some in pieces(steps["move"]))])
+
+    def _newcomers(self) -> dict[Any, list[str]]:
+        """{what a node is known by: keys} of what is here and known nowhere."""
+        found: dict[Any, list[str]] = {}
+        for key, here in self.session.scan.here.items():
+            if key not in self.memory.base and key not in self.memory.there:
+                for mark in known_by(here):
+                    found.setdefault(mark, []).append(key)
+        return found
+
+    def _twin_of(self, key: str, base: Base, newcomers: dict[Any, list[str]], taken: Collection[str]) -> str | None:
+        """Where something of base is now, told by inode, or by time, and content."""
+        return next((new for mark in known_by(base) for new in newcomers.get(mark, ())
+                     if new not in taken and new in self.session.scan.here and self._is_moved(key, base, new)), None)
 
     def _verdict(self, key: str, new: str) -> str:
         """What becomes of a rename here: a move, a copy whose source ends when that has arrived ("cross"), or none at all ("back")."""

@@ -20439,6 +20439,27 @@ def test_renames_cost_a_rename_on_both_sides(laptop, cloud, ann):
     assert two.run().downloaded == 0 and two.tree() == tree(cloud, ann)
 
 
+def test_what_was_renamed_on_both_sides_is_there_once(laptop, cloud, ann):
+    """The server's name counts; what was changed in it on either side is kept."""
+    one, two = laptop("one"), laptop("two")
+    for n in range(10):
+        one.write("photos/2026/%d" % n, random_bytes(5000))
+    one.write("photos/sub/s", "s"), one.write("f", "f" * 1000), one.write("g", "g"), one.write("in/here", "i")
+    one.run(), two.run()
+    (one.path / "photos").rename(one.path / "mine"), (one.path / "f").rename(one.path / "f1"), (one.path / "in/here").rename(one.path / "mine/here")
+    one.write("mine/2026/1", "edited"), one.write("mine/new", "new"), (one.path / "mine/2026/2").unlink(), (one.path / "mine/sub").rename(one.path / "mine/under")
+    (two.path / "photos").rename(two.path / "theirs"), (two.path / "f").rename(two.path / "f2"), (two.path / "in").rename(two.path / "out")
+    two.write("theirs/2026/3", "edited, too"), two.write("theirs/added", "added")
+    two.run()
+    tally = one.run()
+    assert (tally.uploaded, tally.downloaded, tally.conflicts, tally.deleted_there) == (2, 2, 0, 1) and not one.problems
+    two.run()
+    assert one.tree() == two.tree() == tree(cloud, ann) and one.run().work() == two.run().work() == 0
+    assert sorted(one.tree()) == sorted(["f2", "g", "out", "theirs", "theirs/2026", *("theirs/2026/%d" % n for n in range(10) if n != 2), "theirs/under",
+                                         "theirs/under/s", "theirs/new", "theirs/added", "theirs/here"] + [path for path in one.tree() if path == "out/here"])
+    assert (one.read("theirs/2026/1"), one.read("theirs/2026/3")) == (b"edited", b"edited, too")
+
+
 def test_what_moved_out_of_a_deleted_collection_stays(laptop, cloud, ann):
     one = laptop()
     for n in range(5):
