@@ -21507,7 +21507,7 @@ FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
 LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
 REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with
 JUNK = (*REGENERATED, "~$*", ".~lock.*#", SYNC_HOME + "/", SYNC_HOME + "-*")
-BESIDE_ITS_PLACE = re.compile(re.escape(SYNC_HOME) + r"-[0-9a-f]{16}-\d+")       # a file under construction where our corner is on another file system
+BESIDE_ITS_PLACE = re.compile(re.escape(SYNC_HOME) + r"-[0-9a-f]{16}")       # a file under construction where our corner is on another file system
 
 
 class There(NamedTuple):
@@ -22002,7 +22002,7 @@ class Folder:
     def settle(self, file: Temporary, path: str, expected: Here | None, base: Base | None) -> Here | None:
         """Put a finished file in its place, if what is there is what we saw, with the bytes of base; None if not (invariant 2)."""
         self.prove(path)
-        if not self._is_as_seen(path, expected):
+        if not is_as_seen(self, path, expected):
             return None
         if expected and not (base and self.content(path, base) == base.content and is_like_here(self.look(path), expected)):
             return None
@@ -22012,41 +22012,11 @@ class Folder:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            if not self._settle_across(file, path, expected):
+            if not settle_across(self, file, path, expected):
                 return None
         self.touch(path)
         here = self.look(path)
         return here if here and has_same_bytes(here, file.made) else file.made._replace(ctime_ns=-1)     # somebody wrote to it since
-
-    def _is_as_seen(self, path: str, expected: Here | None) -> bool:
-        """Is at a path what we saw there?  A link is something, too.  raises OSError"""
-        return is_like_here(self.look(path, sure=True), expected) if expected else not os.path.lexists(self.place(path))
-
-    def _settle_across(self, file: Temporary, path: str, expected: Here | None) -> bool:
-        """On another file system than our corner's, a copy beside its place is put there.  raises OSError"""
-        beside = Temporary(os.path.join(os.path.dirname(self.place(path)), "%s-%s-%d" % (SYNC_HOME, self._mark, next(self._count))), keeps=False)
-        try:
-            with open(file.place, "rb", buffering=0) as built:
-                for data in iter(partial(read_fully, built, MiB), b""):
-                    beside.append(data)
-            self.finish(beside, path, file.made.mtime_ns // 1_000_000, expected, large=True)
-            if not self._is_as_seen(path, expected):
-                return False
-            insist(os.replace, beside.place, self.place(path))
-            beside.settled, file.made = True, beside.made
-        finally:
-            beside.discard()
-        file.keeps = False                       # it is not needed any more
-        file.discard()
-        return True
-
-    def sweep(self, paths: Iterable[str]) -> None:
-        """Remove what was left beside its place by who was killed, of what was passed over."""
-        for path in paths:
-            if BESIDE_ITS_PLACE.fullmatch(name_of(path)):
-                with suppress(OSError):
-                    self.prove(path)
-                    os.unlink(self.place(path))
 
     def make_directory(self, path: str) -> Here:
         """Make a directory, and those above it, unless they are there.  raises OSError"""
@@ -22164,6 +22134,39 @@ class Temporary:
         if kind is not None:
             self.discard()
         self.close()
+
+
+def is_as_seen(folder: Folder, path: str, expected: Here | None) -> bool:
+    """Is at a path what we saw there?  A link is something, too.  raises OSError"""
+    return is_like_here(folder.look(path, sure=True), expected) if expected else not os.path.lexists(folder.place(path))
+
+
+def settle_across(folder: Folder, file: Temporary, path: str, expected: Here | None) -> bool:
+    """Folder.settle on another file system than our corner's: a copy beside its place is put there.  raises OSError"""
+    beside = Temporary(os.path.join(os.path.dirname(folder.place(path)), "%s-%s" % (SYNC_HOME, secrets.token_hex(8))), keeps=False)
+    try:
+        with open(file.place, "rb", buffering=0) as built:
+            for data in iter(partial(read_fully, built, MiB), b""):
+                beside.append(data)
+        folder.finish(beside, path, file.made.mtime_ns // 1_000_000, expected, large=True)
+        if not is_as_seen(folder, path, expected):
+            return False
+        insist(os.replace, beside.place, folder.place(path))
+        beside.settled, file.made = True, beside.made
+    finally:
+        beside.discard()
+    file.keeps = False                           # it is not needed any more
+    file.discard()
+    return True
+
+
+def sweep_beside(folder: Folder, paths: Iterable[str]) -> None:
+    """Remove what was left beside its place by who was killed, of what was passed over."""
+    for path in paths:
+        if BESIDE_ITS_PLACE.fullmatch(name_of(path)):
+            with suppress(OSError):
+                folder.prove(path)
+                os.unlink(folder.place(path))
 
 
 class Changing(OSError):
@@ -23214,11 +23217,11 @@ class Session:
             self._land()
         self.commits.advance()
 
-    def in_time(self, loads: Iterable[Any]) -> Iterator[Any]:
+    def in_time(self, works: Iterable[Any]) -> Iterator[Any]:
         """Some of what is to be copied in one direction: then it is the other side's turn, and time to see what is new."""
         until = time.monotonic() + TURN
-        for load in loads:
-            yield load
+        for work in works:
+            yield work
             if time.monotonic() > until:
                 self.is_cut = True
                 return
@@ -24302,7 +24305,7 @@ class SyncClient:
         session.rules = self.folder.rules()
         session.scan = session.scan._replace(here={})        # two of them would be much memory
         session.scan = self.folder.scan(session.rules)
-        self.folder.sweep(session.scan.junk)
+        sweep_beside(self.folder, session.scan.junk)
         self.folder.check_place()
         for key in self.memory.leaving:
             if key not in session.scan.here:
