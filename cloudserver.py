@@ -23597,10 +23597,13 @@ class Mover:
                     new != key and (new in here or new in memory.base)
                     or any(above in here and not here[above].kind for above in ancestors_of(new))):
                 continue                         # a parent took it along, or something is in the way
-            if key not in here and newcomers is None:
-                newcomers = self._newcomers()
-            at = key if key in here else self._twin_of(key, base, newcomers, ())        # if it was renamed here, too, the server's name counts
-            if at is None or at == key and self.planner.state_here(key) != "same" or self.planner.owner(at) != self.planner.owner(new):
+            at = key
+            if key not in here:                  # if it was renamed here, too, the server's name counts
+                newcomers = newcomers or self._newcomers()
+                at = self._twin_of(key, base, newcomers, ())
+                if at is None or self.planner.owner(at) != self.planner.owner(new) or base.kind and len(memory.below("base", key)) == 1:
+                    continue                     # nothing but an inode, which may be used again, speaks for an empty directory
+            elif self.planner.state_here(key) != "same":
                 continue
             if self._is_stuck(new):
                 self.planner.stuck.add(key)
