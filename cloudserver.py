@@ -10524,6 +10524,7 @@ PUT_THUMBNAIL = "INSERT INTO thumbnail (home, manifest, data) VALUES (?, ?, ?)"
 PUT_LOOSE = (
     "INSERT INTO loose (home, chunk, size, due, root) VALUES (?, ?, ?, ?, ?) ON CONFLICT (home, chunk) DO UPDATE SET "
     "size = excluded.size, due = excluded.due, root = excluded.root")
+PROLONG_LOOSE = "UPDATE loose SET due = ? WHERE home = ? AND due > ?"
 END_LOOSE = "DELETE FROM loose WHERE home = ? AND chunk = ?"
 PUT_KEPT = "INSERT INTO kept (id, account, value, due) VALUES (?, ?, ?, ?)"
 
@@ -10578,7 +10579,7 @@ COSTS: dict[str, Callable[[Any], int]] = {       # statement: bytes that a row o
 TOUCHES: dict[str, Callable[[Any], int] | None] = {          # statement: the number of what a row of it changes for who remembers it
     CHUNK_ROWS: lambda row: number_of(row[0]), END_ENTRY: lambda row: row[3], RAISE_SHAPE: lambda row: row[0],
     **dict.fromkeys((RAISE_SHARE, PUT_MANIFEST, PUT_OFFSET, PUT_DIGEST, BEGIN_ENTRY, BEGIN_COLLECTION, ADD_SUMS, PUT_PROPERTY, PUT_STAR, END_STAR, PUT_BRAKE, PUT_LOOSE,
-                     END_LOOSE, COUNT_CAME))}
+                     END_LOOSE, PROLONG_LOOSE, COUNT_CAME))}
 
 
 # ==== 18. Files ==========================================================================
@@ -13440,6 +13441,7 @@ class Received:
         self.relied: set[str] = set()                # hashes of those that were stored already
         self.rows: list[tuple[Any, ...]] = []        # for the table chunk
         self.waiting = 0                             # bytes in rows
+        self.oldest = INTEGERS                       # when the first of what was sent ahead before will be forgotten
 
     def keep(self, blobs: Blobs, hash: str, data: bytes, tag: str, knows: Known, at: int) -> None:
         """Have a large one stored.  raises CloudError"""
@@ -13604,6 +13606,9 @@ class Sync:
         view_of(who).need(CREATE, UPDATE)
         received = self._receive(who, frames)
         self._flush(who, received)
+        now = self.clock.due()
+        if received.oldest < now + LOOSE_LIFE // 2:      # a large file takes as long as it takes: what was sent first waits with the rest
+            self.db.run(Statement(PROLONG_LOOSE, (now + LOOSE_LIFE, view_of(who).home, now)))
         return list(received.sizes)
 
     def _receive(self, who: Principal, frames: Iterable[bytes]) -> Received:
@@ -13622,8 +13627,8 @@ class Sync:
     def _take_frames(self, who: Principal, frames: Iterable[bytes], received: Received, flying: deque[tuple[Future, int]]) -> None:
         view = view_of(who)
         place, tag, knows = without_place(self.tree.enter(who, ())), secrets.token_hex(8), self.tree.contents.known_to(view)
-        (ahead,), = self.db.read("SELECT coalesce(sum(size), 0) FROM loose WHERE home = ? AND due > ?",
-                                 (view.home, self.clock.due()))
+        (ahead, oldest), = self.db.read("SELECT coalesce(sum(size), 0), min(due) FROM loose WHERE home = ? AND due > ?", (view.home, self.clock.due()))
+        received.oldest = INTEGERS if oldest is None else oldest
         for data in frames:
             hash = hashlib.sha256(data).hexdigest()
             if hash in received.sizes:
@@ -13805,7 +13810,7 @@ def conditions_of(step: dict[str, Any]) -> Preconditions:
 
 COMMIT_STEPS: dict[str, Callable[..., Outcome]] = {
     "put": Sync._take_put, "mkdir": Sync._take_mkdir, "move": Sync._take_move, "delete": Sync._take_delete}
-LOOSE_LIFE = 20 * HOUR          # less than the sweep leaves a chunk alone that nobody refers to
+LOOSE_LIFE = 20 * HOUR          # of a chunk sent ahead, after the last that came: less than the sweep leaves a chunk alone that nobody refers to
 AHEAD_MOST = 64 * GiB           # bytes that somebody with whom others share may send before it is known where they are to be
 FLUSH = 16 * MiB                # bytes of small chunks that wait in memory for the commit
 LIVE_CHUNKS = (  # chunks of live files in some homes
@@ -21502,7 +21507,7 @@ CUTS_MOST = 65_536              # chunks of a file, about; larger ones have larg
 CUT_MARK = re.compile(rb"[\x05\x17\x2b\x3a\x4c\x5f\x61\x76\x88\x93\xa9\xb4\xc2\xd7\xe6\xfb]{5}")    # once per MiB of random bytes
 YOUNG = 120_000_000_000         # ns after a write in which a memory map may write more and leave the time as it is
 RULES_LIMIT = 1_000             # lines of a .cloudignore that count
-LARGEST = (1 << 63) - 1
+LARGEST = INTEGERS - 1
 FAILED, USAGE, ASK, REFUSED = 1, 2, 3, 4         # exit codes
 LINK, JUNCTION, NOT_A_FILE = "is a symbolic link", "is a junction", "is neither file nor directory"
 REGENERATED = (".DS_Store", "Thumbs.db", "desktop.ini", "._*")       # what systems make again, and a directory may go with

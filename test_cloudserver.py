@@ -15609,6 +15609,24 @@ def test_large_chunks_travel_both_ways(cloud, ann):
     assert cs.verify(cloud) == []
 
 
+def test_what_was_sent_first_waits_for_the_rest_of_a_large_file(make_cloud, fake):
+    """However long it takes: else a file that needs a day to be sent is never there."""
+    cloud = make_cloud(clock=fake.clock())
+    ann, sent = account(cloud), []
+    for n in range(6):
+        sent += cloud.sync.send(ann, [b"%d" % n * 100_000])
+        fake.pass_(15 * cs.HOUR)
+        upkeep = cs.Upkeep(cloud)
+        assert upkeep.hold()
+        upkeep.expire(), upkeep.sweep.run(), upkeep.release()
+        assert cloud.sync.missing(ann, sent) == []
+    commit(cloud, ann, [{"put": "f", "chunks": [(hash, 100_000) for hash in sent], "mtime": 5}])
+    assert len(get(cloud, ann, "f")) == 600_000 and cloud.db.read("SELECT * FROM loose") == []
+    gone, = cloud.sync.send(ann, [b"x" * 100_000])
+    fake.pass_(21 * cs.HOUR)
+    assert cloud.sync.missing(ann, [gone]) == [gone]
+
+
 def test_loose_chunks_are_forgotten_and_swept(make_cloud, fake):
     cloud = make_cloud(clock=fake.clock())
     ann = account(cloud)
