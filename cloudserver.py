@@ -10857,7 +10857,7 @@ class Stars:
             "SELECT node FROM star WHERE account = ? AND node IN (" + marks(piece) + ")", (who.person, *piece))}
 
 
-class Held:
+class Locking:
     """Locks, for who looks at what they hold."""
 
     def __init__(self, files: Files) -> None:
@@ -10909,7 +10909,7 @@ class Files:
 
     def __init__(self, tree: Tree) -> None:
         self.tree, self.db, self.clock, self.sums, self.stars = tree, tree.db, tree.clock, Sums(tree.db), Stars(tree)
-        self.held = Held(self)
+        self.locking = Locking(self)
 
     def stat(self, who: Principal, path: tuple[str, ...]) -> Node:
         """The node at a path.  raises CloudError not-found"""
@@ -11218,7 +11218,7 @@ class Files:
 
     def unlock(self, who: Principal, path: tuple[str, ...], token: str) -> None:
         """End a lock.  raises CloudError no-token if it does not hold what is there, forbidden if it is another's"""
-        self.held.end(who, path, lambda lock: lock.token == token, CloudError("no-token", "there is no such lock on this"))
+        self.locking.end(who, path, lambda lock: lock.token == token, CloudError("no-token", "there is no such lock on this"))
 
     def quota(self, who: Principal) -> tuple[int, int]:
         """(bytes used, bytes left): of the quota, or of the disk where there is none."""
@@ -15912,7 +15912,7 @@ def api_nodes(cloud: Cloud, who: Principal, rows: Iterable[tuple[Sequence[str], 
     """Live nodes, (path, node), with what marks them: stars, how they are shared, locks; `now` is where they were read."""
     rows = list(rows)
     stars, shared = cloud.files.stars.among(who, (node for _, node in rows)), cloud.sharing.given_by(who)
-    locks = cloud.files.held.among(who, [node for _, node in rows], now)
+    locks = cloud.files.locking.among(who, [node for _, node in rows], now)
     marked = {*stars, *shared, *locks}
     return [{**api_node(node, path), **api_marks(node.node in stars, shared.get(node.node, ())),
              **({"locks": [api_lock(cloud, who, node, *lock) for lock in locks[node.node]]} if node.node in locks else {})}
@@ -16433,7 +16433,7 @@ def api_put_thumbnail(cloud: Cloud, who: Principal, request: Request, path: tupl
 
 
 one_call("POST", "unlock", "write", "End a lock, by the `id` that tells it from others: one's own, or in one's own home anybody's; an administrator, any.",
-         lambda cloud, who, path, lock: cloud.files.held.end_known(who, path, lock), path="path", lock=TEXT)
+         lambda cloud, who, path, lock: cloud.files.locking.end_known(who, path, lock), path="path", lock=TEXT)
 
 
 @route("POST", API + "star", needs="write", paths="paths", starred="boolean")
@@ -25475,7 +25475,7 @@ const PROBLEMS = {
   "exists": "There is something of that name already.",
   "precondition-failed": "Somebody changed this in the meantime.",
   "same-place": "One of these lies in the other.",
-  "locked": "A program has this locked at the moment. Its mark in the list tells whose it is.",
+  "locked": "Another program has this file locked at the moment.",
   "over-quota": "The storage is full. Delete something, then empty the trash, or ask for more.",
   "disk-full": "The disk of the server is almost full; it takes nothing new until there is room.",
   "too-large": "This file is larger than the server accepts.",
@@ -26476,6 +26476,7 @@ PAGE_GERMAN = r"""{
   "Already there": "Schon da",
   "An app for WebDAV, as Documents (iOS) or Material Files (Android): this address, your name, the app password.": "In einer App, die WebDAV spricht, etwa Documents (iOS) oder Material Files (Android): diese Adresse, dein Name und das App-Passwort.",
   "An upload was broken off": "Ein Upload wurde abgebrochen",
+  "Another program has this file locked at the moment.": "Ein anderes Programm hat diese Datei gerade gesperrt.",
   "Any key or click ends the slideshow.": "Jede Taste und jeder Klick beendet die Diaschau.",
   "Any kind": "Jede Art",
   "Any size": "Jede Größe",
@@ -26541,11 +26542,13 @@ PAGE_GERMAN = r"""{
   "Copy {what} to": "{what} kopieren nach",
   "Create": "Anlegen",
   "Create account": "Konto anlegen",
+  "Ctrl": "Strg",
   "Cut": "Ausschneiden",
   "Dark": "Dunkel",
   "Days that a link lives at most; empty is no limit": "Tage, die ein Link höchstens lebt; leer heißt keine Grenze",
   "Days that versions and deleted files are kept": "Tage, die Versionen und Gelöschtes bleiben",
   "Decline": "Ablehnen",
+  "Del": "Entf",
   "Delete": "Löschen",
   "Delete for good": "Endgültig löschen",
   "Delete for good?": "Endgültig löschen?",
@@ -27228,6 +27231,7 @@ main > * { min-width: 0; }
 .crumbs { padding: 0; }
 .tools, .tools form, .upload { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
 .tools .ways { margin-left: auto; display: flex; gap: .25rem; }
+.tools .ways a:nth-last-child(2) { margin-left: .6rem; }
 #told:empty { display: none; }
 .single { display: grid; gap: 1.1rem; }
 a.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
@@ -29543,10 +29547,9 @@ const ACTIONS = [
 const applies = (action, items) => action.when(items) && (!action.make || mayHere("create"));
 const actionsFor = (on, items = []) => ACTIONS.filter(action => action.on.includes(on) && applies(action, items));
 const onMac = /Mac|iPhone|iPad/.test(navigator.platform);
-const keyNames = {Delete: "Delete", Escape: "Esc", Enter: "Enter"};
-const showKeys = keys =>
-  keys && t(keys.replace("Ctrl+", onMac ? "⌘" : "Ctrl+").replace(/[A-Z][a-z]+$/, name => keyNames[name] || name))
-    .replace("Shift", t("Shift"));
+const keyNames = {Delete: "Del", Escape: "Esc"};
+const showKeys = keys => keys && t(keys.replace("Ctrl+", onMac ? "⌘" : t("Ctrl") + "+")
+  .replace(/[A-Z][a-z]+$/, name => keyNames[name] || name)).replace("Shift", t("Shift"));
 const act = action => attempt(() => action.run(selection()));
 const menuRows = actions =>
   actions.map(action =>
@@ -30351,6 +30354,9 @@ async function star(items, starred) {
 }
 
 // ---- locks that programs hold by WebDAV; one whose program is gone stays until its time is over
+
+PROBLEMS.locked = PROBLEMS["lock-conflict"] =
+  "A program has this locked at the moment. Its mark in the list tells whose it is.";
 
 const lockWords = ({account, mine, until}, format = formatTime) => t("Locked by {who} until {when}",
   {who: mine ? t("you") : account || t("a visitor"), when: format(until)});
