@@ -10423,7 +10423,7 @@ class Plan:
 
     def _batch(self, part: HomePart, changes: list[Change], rows: list[Statement], line: Line) -> Batch:
         """What is done in one home."""
-        home, place, guards, ends, begins, new, gone, loose, placed = line.home, part.place, part.guards(changes, self.as_of), [], [], [], [], False, {}
+        home, place, guards, ends, begins, new, gone, placed = line.home, part.place, part.guards(changes, self.as_of), [], [], [], [], {}
         for change in changes:
             before, after = change.before, change.after
             if after is None or (after.parent != before.parent if before else after.since):          # what is new has no since
@@ -10432,7 +10432,6 @@ class Plan:
                 ends.append((change.fate, before.home, before.since, before.node))
                 if after is None or (after.parent, after.name) != (before.parent, before.name):
                     gone.append(before)
-                    loose |= bool(before.kind)
             elif after.kind == COLLECTION:
                 new.append((after.node,))
             if after:
@@ -10445,20 +10444,16 @@ class Plan:
             guard, count = self.tree.allowance.count(self.who, changes)
             guards.append(guard)
             body.append(count)
-        if ends:
-            if self.who.means in ("token", "link"):
-                body += self.tree.brake.count(self.who, place.view, [
-                    (part.left_of(before, self.moved.get(before.node, 0)), after) for before, after, *_ in changes
-                    if before and (before.kind or after or not self.moved.get(before.node))], line.detail.get("moved", 0))
-            body.append(Statement(END_ENTRY, ends, many=True))
-        if begins:
-            body.append(Statement(BEGIN_ENTRY, begins, many=True))
-        if new:
-            body.append(Statement(BEGIN_COLLECTION, new, many=True))
-        body.append(Statement(ADD_SUMS, [(*sum, node) for node, sum in part.sums.items()], many=True))
+        if ends and self.who.means in ("token", "link"):
+            body += self.tree.brake.count(self.who, place.view, [
+                (part.left_of(before, self.moved.get(before.node, 0)), after) for before, after, *_ in changes
+                if before and (before.kind or after or not self.moved.get(before.node))], line.detail.get("moved", 0))
+        sums = [(*sum, node) for node, sum in part.sums.items()]
+        body += [Statement(sql, some, many=True) for sql, some in (
+            (END_ENTRY, ends), (BEGIN_ENTRY, begins), (BEGIN_COLLECTION, new), (ADD_SUMS, sums)) if some]
         if placed:
             body += self.tree.mounts.raised(home, placed)
-        if loose:
+        if any(node.kind for node in gone):
             body.append(raise_shape(home))
         return self.tree.space.pay(Batch(body, guards, line, touches=touched_by(body), frees=not begins), home, place.quota)
 
