@@ -13701,12 +13701,13 @@ class Sync:
         if len(asked) > 1:
             plan.now.look_at([path for one in asked for path in one.paths])
         outcomes = [self._take(sending, *one) for one in asked]
-        if wanted.atomic and any(outcome.problem for outcome in outcomes):
+        is_off = wanted.atomic and any(outcome.problem for outcome in outcomes)
+        if is_off:
             failed = problem_of(CloudError("not-done", "another step failed, and all or none was asked for"))
-            return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=[
-                outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]), root.view.home, root.quota)
-        outcomes = [outcome._replace(node=plan.now.state(outcome.node)) for outcome in outcomes]
-        if not plan.now.changes:
+            outcomes = [outcome if outcome.problem else Outcome(424, None, failed) for outcome in outcomes]
+        else:
+            outcomes = [outcome._replace(node=plan.now.state(outcome.node)) for outcome in outcomes]
+        if is_off or not plan.now.changes:
             return self.tree.space.pay(Batch(self._loose_rows(who, received.rows), told=outcomes), root.view.home, root.quota)
         used = set().union(*sending.used.values())
         plan.rows += self._loose_rows(who, [row for row in received.rows if row[0] not in used])
