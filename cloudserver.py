@@ -11872,11 +11872,12 @@ class Feed:
         then, now, stood = span.then, span.now, self.tree.mounts.stood_at(span.then, home)
         shown = {grant.mount for grant in then.grants.values()}
         hidden = [grant for grant in stood if grant.mount not in shown and getattr(now.find((grant.name,)), "node", None) != grant.node.node]
+        there = {grant.node.node: [(grant.name, *below) for below in ((), *(below for below, _ in watched(then.walk(grant.node.node), alive)))] for grant in hidden}
+        now.look_at(list(itertools.chain(*there.values())))
         return MountsSince(
             [id for id, grant in now.grants.items() if grant.seq > then.seq or id not in then.grants],
             {grant.node.node for grant in stood}.difference(now.grants),
-            {grant.node.node: [(grant.name, *below) for below in ((), *(below for below, _ in watched(then.walk(grant.node.node), alive)))
-                               if now.find((grant.name, *below)) is None] for grant in hidden})
+            {id: [path for path in paths if now.find(path) is None] for id, paths in there.items()})
 
     def _check_reach(self, since: int, fed: int) -> None:
         if since < max(fed, self.journal.oldest()):
