@@ -10874,7 +10874,6 @@ OF_MANY = [  # what is done before, what is asked then, and where in collections
     ("", "archive of names, wide", lambda c: list(c.cloud.history.archive(c.ann, ("d",), [path[1:] for path in c.paths]))),
     ("overwrite", "archive of names as they were", lambda c: list(c.cloud.history.archive(c.ann, ("d",), [path[1:] for path in c.paths], c.filled))),
     ("share", "archive of names in a mount", lambda c: list(c.cloud.history.archive(c.bob, ("d",), [path[1:] for path in c.paths]))),
-    ("share_each", "archive of mounts, wide", lambda c: list(c.cloud.history.archive(c.bob, ()))),
     ("overwrite", "bring back of each", lambda c: c.cloud.history.bring_back(c.ann, c.filled, *c.paths)),
     ("delete_each", "bring back of what went", lambda c: c.cloud.history.bring_back(c.ann, c.filled, *c.paths)),
     ("write_apart", "bring back of what held it, too", lambda c: c.cloud.history.bring_back(c.ann, c.written, *(("e", path[-1]) for path in c.paths))),
@@ -10922,6 +10921,18 @@ def test_what_goes_through_many_holds_a_page_of_them(make_cloud):
             held.setdefault(name, []).append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert all(many < 1.5 * few + 200 * KiB and many < 3 * MiB for few, many in held.values()), held
+
+
+def test_undo_and_rewind_hold_little_of_each(make_cloud):
+    """All of it is one batch, so it is in memory as a whole: each node as it was and as it is, and nothing twice."""
+    crowd = Crowd(make_cloud(), 1500, wide=False)
+    crowd.overwrite()
+    for ask in (lambda: crowd.cloud.history.rewind(crowd.ann, (), crowd.filled)), crowd.undo:
+        tracemalloc.start()
+        ask()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak / crowd.count < 2 * KiB, peak
 
 
 # ==== 20. Sharing ========================================================================
