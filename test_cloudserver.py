@@ -26609,7 +26609,7 @@ def traced_path(text):
 
 def replay(disk, name, args, result):
     """Do to the disk what a system call did."""
-    strings = re.findall(r'"((?:\\x[0-9a-f]{2})*)"', args)
+    strings = re.findall(r'"([\\x0-9a-f]*)"', args)
     if name == "openat":
         path = unescape(strings[0]).decode()
         if path.startswith(disk.root) and "O_CREAT" in args and not path.endswith("-shm"):
@@ -26649,7 +26649,7 @@ def test_losing_power_loses_nothing_acknowledged(tmp_path, rng):
                                                      "trace=" + TRACED, "-o", str(trace), *PROGRAM])
     expected, told = {}, []                      # after each answer: what must be there from then on
     for n in range(45):
-        name, size = "f%d" % rng.randrange(12), rng.choice((0, 100, 4096, 60_000, 80_000, 600_000))
+        name, size = "f%d" % rng.randrange(12), rng.choice((0, 100, 4096, 60_000, 80_000, 200_000))
         content = rng.getrandbits(8 * size).to_bytes(size, "big") if size else b""
         verb = rng.choice(("PUT", "PUT", "PUT", "PUT", "DELETE", "MOVE"))
         answer = served.call(verb, "/dav/" + name, content if verb == "PUT" else None, Destination="/dav/moved")
@@ -27112,17 +27112,17 @@ def bucket_url(request, keys_in):
 def test_two_laptops_and_an_upload_over_a_bucket(serve, bucket_url, tmp_path, rng):
     """And what its keeper does: doctor, gc, verify, a backup, a restore into another place of the bucket."""
     served, one, two = serve("--objects", bucket_url, "--workers", "2"), make_tree(tmp_path / "one", rng, 20), tmp_path / "two"
-    (one / "large").write_bytes(random_bytes(9 * MiB))
+    (one / "large").write_bytes(random_bytes(5 * MiB))
     env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}
     sync = lambda place: json.loads(run("sync", place, url_of(served, "", "ann"), "--once", "--json", timeout=120, env=env).stdout)
     files = lambda home: {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
     assert sync(one)["uploaded"] == 21 and sync(two)["downloaded"] == 21 and files(one) == files(two)
-    (two / "large").write_bytes((two / "large").read_bytes()[:5 * MiB] + b"!" + (two / "large").read_bytes()[5 * MiB:])
+    (two / "large").write_bytes((two / "large").read_bytes()[:3 * MiB] + b"!" + (two / "large").read_bytes()[3 * MiB:])
     sync(two), sync(one)
-    data = random_bytes(9 * MiB)
+    data = random_bytes(5 * MiB)
     where = served.call("POST", "/tus", Upload_Length=str(len(data)), Upload_Metadata="path " + base64.b64encode(b"by the page").decode(), **TUS).headers["location"]
-    for at in range(0, len(data), 5 * MiB):
-        assert served.call("PATCH", cs.urlsplit(where).path, data[at:at + 5 * MiB], Upload_Offset=str(at), **PART).status == 204
+    for at in range(0, len(data), 3 * MiB):
+        assert served.call("PATCH", cs.urlsplit(where).path, data[at:at + 3 * MiB], Upload_Offset=str(at), **PART).status == 204
     sync(one)
     assert (one / "by the page").read_bytes() == data and files(one)["large"] == (two / "large").read_bytes()
     place = ("--data", served.data, "--objects", bucket_url)
