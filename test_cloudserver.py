@@ -379,7 +379,8 @@ slow = pytest.mark.slow
 of_sqlite = pytest.mark.sqlite                   # @of_sqlite("why"): what a test is about no other engine has; so, too,
 of_directory = pytest.mark.directory             # @of_directory("why"), and no other store
 REAL_SCRYPT, cs.SCRYPT = cs.SCRYPT, (4, 8, 1)            # the real cost is tested once; everywhere else it would only take time
-cs.is_common = lru_cache(100)(cs.is_common)              # as would to look at the same passwords again for each of thousands of accounts
+cs.is_common = lru_cache(100)(cs.is_common)              # as would to look at the same passwords again for each of thousands of accounts,
+cs.Glob = lru_cache(1000)(cs.Glob)                       # and to read the same patterns for each of thousands of runs of a client
 
 
 # ==== fixtures and helpers ===============================================================
@@ -20327,8 +20328,17 @@ class Laptop:
         return (self.path / path).read_bytes()
 
     def tree(self):
-        return {place.relative_to(self.path).as_posix(): None if place.is_dir() else place.read_bytes()
-                for place in sorted(self.path.rglob("*")) if cs.SYNC_HOME not in place.parts and not place.is_symlink()}
+        """{"a/b": bytes, "a": None} of all that is there but links and what the client has for itself."""
+        found, top = {}, str(self.path)
+        for home, directories, files in os.walk(top):
+            directories[:] = [name for name in directories if name != cs.SYNC_HOME and not os.path.islink(os.path.join(home, name))]
+            found.update(dict.fromkeys(os.path.join(home, name) for name in directories))
+            for place in (os.path.join(home, name) for name in files):
+                if not os.path.islink(place):
+                    with open(place, "rb") as file:
+                        found[place] = file.read()
+        paths = {tuple(place[len(top) + 1:].split(os.sep)): data for place, data in found.items()}
+        return {"/".join(path): paths[path] for path in sorted(paths)}
 
 
 @contextlib.contextmanager
