@@ -17770,6 +17770,17 @@ def nc_reached(cloud: Cloud, who: Principal, request: Request) -> Response:
     return Response(204)
 
 
+def lead_to(place: str) -> Response:
+    return Response(303, b"", {"Location": "../" + place, "Cache-Control": "no-store"})        # relative: we may be behind a prefix (B4)
+
+
+@route("GET", "/f/<id>", needs="read", refuse=lambda error, request: lead_to("login") if error.status == 401 else json_error(error, request))
+def nc_shown(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """What clients copy as an internal link leads a browser to where the file is, once somebody is logged in."""
+    path = cloud.files.path_of(who, read_file_id(id))
+    return lead_to("files" + format_path(path if cloud.files.stat(who, path).kind else path[:-1]))
+
+
 def ocs(name: str) -> list[str]:
     """The addresses of a function, in both versions of OCS."""
     return ["/ocs/%s/%s" % (version, name) for version in ("v1.php", "v2.php")]

@@ -16556,6 +16556,14 @@ def test_android_knows_that_it_has_reached_the_server(call, make_cloud, serve_cl
         assert answer.status == 204 and answer.body == b"" and answer.headers.get("content-length", "0") == "0"
 
 
+def test_internal_links_lead_to_where_a_file_is(call, cloud, ann, bob):
+    node = put(cloud, ann, "d \u00e9/f", parents=True)
+    lead = lambda id, **who: (lambda answer: (answer.status, answer.headers.get("location")))(call("GET", "/index.php/f/%s" % id, **who))
+    assert lead(node.node) == (303, "../files/d%20%C3%A9") == lead(cloud.files.stat(ann, ("d \u00e9",)).node) and lead("1x")[0] == 404
+    assert lead(node.node, user=None) == (303, "../login") == lead(7, user=None) and lead(node.node, user="bob")[0] == 404
+    assert lead(cloud.files.stat(ann, ()).node) == (303, "../files/") and lead("x")[0] == 400
+
+
 def test_a_server_without_accounts_is_not_installed(make_cloud, serve_cloud):
     assert exchange(serve_cloud(make_cloud()), "GET", "/status.php", user=None).json()["installed"] is False
 
