@@ -8533,6 +8533,10 @@ class Moment:
 
     def path(self, id: int) -> tuple[str, ...] | None:
         """Where a node is below the top; None if elsewhere or nowhere."""
+        known = self._nodes.get(id)
+        if known and not known.kind and known.parent in self._paths and id not in self._paths:       # as are most of those that are many
+            above = self._paths[known.parent]
+            return None if above is None else above + (known.name,)
         if self.seq is None and not self._nodes and id != self.top:
             self.above(id)                               # the first: all on the way at once
         unplaced = lambda: list(itertools.takewhile(lambda one: one not in self._paths, self.line(id)))      # it and what holds it, upwards
