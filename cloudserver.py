@@ -2453,6 +2453,7 @@ class Blobs:
     def __init__(self, store: Store) -> None:
         self.store, self.buffers = store, FAR_BUFFERS if store.is_far else BUFFERS
         self.refused = ""                            # why nothing may be put there now
+        self.note: Callable[[StoredChunk], None] = lambda chunk: None       # where all look: that a chunk was found damaged
         self.lane = ThreadPoolExecutor(FAR_LANE if store.is_far else 4, thread_name_prefix="bytes", initializer=use_all_cores)
 
     def put(self, body: Body, known: Known, digests: Iterable[str] = ()) -> Stored:
@@ -2534,7 +2535,7 @@ class Blobs:
         try:
             return reach(chunk.object)
         except Damaged as error:
-            raise note_damage(chunk.hash) from error
+            raise self.damaged(chunk) from error
         except OSError as error:
             raise storage_error(error) if isinstance(error, Away) else CloudError("storage-failed", "a part of the file cannot be read") from error
 
@@ -2545,7 +2546,7 @@ class Blobs:
             return file
         if hash_file(file) != chunk.hash:
             file.close()
-            raise note_damage(chunk.hash)
+            raise self.damaged(chunk)
         self.whole.add(chunk.object, about)
         return file
 
@@ -2556,9 +2557,9 @@ class Blobs:
             for chunk, start, stop in chunks:
                 ahead.append((chunk, start, stop, self._open(chunk) if chunk.data is None else None))
                 if len(ahead) >= self.buffers - 1:
-                    yield from slice_of(*ahead.popleft())
+                    yield from self._slice(*ahead.popleft())
             while ahead:
-                yield from slice_of(*ahead.popleft())
+                yield from self._slice(*ahead.popleft())
         finally:
             for *_, opened in ahead:
                 if isinstance(opened, Future):
@@ -2566,29 +2567,32 @@ class Blobs:
                 elif opened is not None:
                     opened.close()
 
+    def _slice(self, chunk: StoredChunk, start: int, stop: int, opened: BinaryIO | Future | None) -> Iterator[bytes | FileSlice]:
+        """The bytes from start to stop of a chunk that lies in its row, or in an object that is being opened, and open meanwhile."""
+        if opened is None:
+            yield self.inline(chunk)[start:stop]
+        else:
+            with opened.result() if isinstance(opened, Future) else opened as file:
+                yield FileSlice(file, start, stop - start)
+
+    def inline(self, chunk: StoredChunk) -> bytes:
+        """The bytes in a chunk's row.  raises CloudError if they are not what its name says"""
+        if hashlib.sha256(chunk.data).hexdigest() != chunk.hash:
+            raise self.damaged(chunk)
+        return chunk.data
+
+    def damaged(self, chunk: StoredChunk) -> CloudError:
+        """What who wanted to read a chunk is told when its bytes are not what its name says; it is noted for who comes after."""
+        self.note(chunk)
+        return note_damage(chunk.hash)
+
     def read(self, chunk: StoredChunk) -> bytes:
         """All bytes of a chunk, checked."""
         return b"".join(read_slice(part) for part in self.slices([(chunk, 0, chunk.size)]))
 
 
-def slice_of(chunk: StoredChunk, start: int, stop: int, opened: BinaryIO | Future | None) -> Iterator[bytes | FileSlice]:
-    """The bytes from start to stop of a chunk that lies in its row, or in an object that is being opened, and open meanwhile."""
-    if opened is None:
-        yield check_inline(chunk)[start:stop]
-    else:
-        with opened.result() if isinstance(opened, Future) else opened as file:
-            yield FileSlice(file, start, stop - start)
-
-
-def check_inline(chunk: StoredChunk) -> bytes:
-    """The bytes in a chunk's row.  raises CloudError if they are not what its name says"""
-    if hashlib.sha256(chunk.data).hexdigest() != chunk.hash:
-        raise note_damage(chunk.hash)
-    return chunk.data
-
-
 def note_damage(hash: str) -> CloudError:
-    """What who wanted to read a chunk is told when its bytes are not what its name says."""
+    """Log that the bytes of a chunk are not what its name says; what is told of it."""
     log.error("damaged chunk %s", hash)
     return CloudError("storage-failed", "a part of the file is damaged")
 
@@ -2612,7 +2616,7 @@ class Content:
     def inline(self) -> bytes | None:
         """All bytes at once, if they lie in a row of the database.  raises CloudError if they are damaged"""
         if self._checked is None and self.only is not None and self.only.data is not None:
-            self._checked = check_inline(self.only)
+            self._checked = self.blobs.inline(self.only)
         return self._checked
 
     def slices(self, start: int = 0, stop: int | None = None) -> Iterator[bytes | FileSlice]:
@@ -8925,6 +8929,15 @@ class Contents:
 
     def __init__(self, db: Database, clock: Clock, blobs: Blobs) -> None:
         self.db, self.clock, self.blobs = db, clock, blobs
+        blobs.note = self.note
+
+    def note(self, chunk: StoredChunk) -> None:
+        """Remember that a chunk was found damaged, unless another object took its place meanwhile: who names it without its bytes has to
+        send them from now on.  Where nothing can be written it is not remembered."""
+        which = "hash = ? AND bad IS NULL AND coalesce(object, '') = ?", (chunk.hash, chunk.object or "")
+        with suppress(CloudError):
+            if not self.db.readonly and self.db.read("SELECT 1 FROM chunk WHERE " + which[0], which[1]):
+                self.db.run(Statement("UPDATE chunk SET bad = ? WHERE " + which[0], (self.clock.wall(), *which[1])))
 
     def of(self, node: Node, only: StoredChunk | None = None) -> Content:
         """The bytes of a version; `only` is its chunk if it has one and the caller has read it."""
@@ -13595,7 +13608,7 @@ class Sync:
         except CloudError as error:
             if error.kind != "storage-failed":
                 raise
-            self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", (self.clock.wall(), chunk.hash)))
+            self.tree.contents.note(chunk)
             raise
         yield chunk.size.to_bytes(4, "big")
         yield first

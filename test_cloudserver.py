@@ -17713,6 +17713,28 @@ def test_who_sends_again_what_is_damaged_has_it_whole_then_and_all_who_refer_to_
     assert cs.verify(cloud) == [] and cloud.db.read("SELECT count(*) FROM chunk WHERE bad IS NOT NULL") == [(0,)]
 
 
+READ_BY = {  # name: a door at which a damaged byte is met
+    "get": lambda cloud, who, call: get(cloud, who, "f"), "chunks": lambda cloud, who, call: list(cloud.sync.read_chunks(who, [cloud.files.stat(who, ("f",)).manifest])[1]),
+    "GET": lambda cloud, who, call: call("GET", "/dav/f"), "range": lambda cloud, who, call: call("GET", "/dav/f", Range="bytes=0-0"),
+    "zip": lambda cloud, who, call: call("GET", "/api/v1/zip/?name=f"), "head": lambda cloud, who, call: cloud.contents.of(cloud.files.stat(who, ("f",))).read(1)}
+
+
+@pytest.mark.parametrize("size", [70, 70_000])
+@pytest.mark.parametrize("door", READ_BY)
+def test_who_meets_damage_notes_it_for_who_has_the_bytes(cloud, ann, call, tmp_path, door, size):
+    """So that what is named without being sent, and looked at by its size alone, is asked for, too."""
+    data = random_bytes(size)
+    put(cloud, ann, "f", data)
+    assert not isinstance(outcome(READ_BY[door], cloud, ann, call), str) and cloud.numbers()["bad_chunks"] == 0
+    (hash, name), = cloud.db.read("SELECT hash, object FROM chunk WHERE size > 0")
+    flip(object_at(cloud, name)) if name else cloud.db.run(Statement("UPDATE chunk SET data = ? WHERE hash = ?", (damaged(data), hash)))
+    with contextlib.suppress(OSError, http.client.HTTPException):            # it may be cut off
+        outcome(READ_BY[door], cloud, ann, call)
+    assert cloud.numbers()["bad_chunks"] == 1
+    send_if_it_is_asked_for(cloud, ann, "g", data, tmp_path)
+    assert cloud.numbers()["bad_chunks"] == 0 and get(cloud, ann, "f") == data
+
+
 def test_what_is_stored_already_is_looked_at_once_and_what_is_new_not_at_all(cloud, ann, monkeypatch, asked):
     """... which is what it costs: 4 MiB read back for 4 MiB that are not written."""
     looked, data = [], random_bytes(9 * MiB)
