@@ -31363,8 +31363,8 @@ def test_desktop_clients_make_conflict_copies(desktops):
 @slow
 def test_desktop_clients_send_large_files_in_chunks_and_go_on_after_a_kill(desktops):
     served, one, two, _ = desktops
-    small = {"OWNCLOUD_CHUNK_SIZE": str(MiB), "OWNCLOUD_MIN_CHUNK_SIZE": str(MiB), "OWNCLOUD_MAX_CHUNK_SIZE": str(MiB),
-             "OWNCLOUD_TARGET_CHUNK_UPLOAD_DURATION": "0"}
+    small = {"OWNCLOUD_%s" % name: str(MiB // 4) for name in ("CHUNK_SIZE", "MIN_CHUNK_SIZE", "MAX_CHUNK_SIZE")}      # so many that some are left when it is killed
+    small["OWNCLOUD_TARGET_CHUNK_UPLOAD_DURATION"] = "0"
     data = random_bytes(24 * MiB + 17)
     one.write("large.bin", data, mtime=1_600_000_000)
     database, seen = sqlite3.connect(str(served.data / "cloud.db")), 0
