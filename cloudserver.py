@@ -21835,7 +21835,8 @@ class Folder:
         (self.home / "tmp").mkdir(exist_ok=True)
         for left in (self.home / "tmp").iterdir():
             if not left.name.startswith("part-") or time.time() - left.stat().st_mtime > 7 * 86_400:
-                left.unlink()
+                with suppress(OSError):          # it is not ours
+                    left.unlink()
         (self.home / "Probe").touch()
         self.folds = (self.home / "pROBE").exists()
         self._opened = self._identity()
@@ -24496,6 +24497,10 @@ class SyncClient:
 
 # ---- a folder and its account
 
+def which_server() -> Stopped:
+    return Stopped("which server?  sync DIR https://ann@cloud.example", USAGE)
+
+
 def open_client(place: Path, url: str | None, password: Callable[[str], str], wishes: Wishes) -> tuple[SyncClient, Link]:
     """The client of a folder, and a second connection for listening.
 
@@ -24503,17 +24508,22 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
     raises     Stopped
     """
     folder, record = Folder(place.resolve()), folder_record(place)
+    if SYNC_HOME in folder.root.parts:
+        raise Stopped("%s is what another folder remembers, with its token" % place, USAGE)
     if not (folder.home / "state.db").exists():
         if record.exists() and not wishes.yes:
             raise Stopped("%s was synced before, and what it remembers is gone: is a disk not mounted? "
                           "With --yes it is merged anew; --forget ends it" % place, ASK)
         if not url:
-            raise Stopped("which server?  sync DIR https://ann@cloud.example", USAGE)
+            raise which_server()
         folder.root.mkdir(parents=True, exist_ok=True)
     lock = open_alone(folder)
     try:
         memory = Memory(folder.home / "state.db", folder.key)
-        words, address = memory.words, plain_url(url or memory.words.get("url", ""))[0]
+        words = memory.words
+        if not (url or "url" in words):
+            raise which_server()
+        address = plain_url(url or words["url"])[0]
         moved = words.get("url", address) != address
         if wishes.trust:
             memory.say(trust=Link(address, "", AGENT).certificate())

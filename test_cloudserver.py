@@ -22121,6 +22121,19 @@ def test_a_folder_is_forgotten_when_told_so_and_keeps_its_files(laptop, cloud, a
     assert one.run().downloaded == 3 and one.tree() == tree(cloud, ann)
 
 
+def test_what_a_folder_remembers_is_no_folder_to_be_synced(laptop, cloud, ann):
+    """Its token would be among the files; and whatever lies about in it is in nobody's way."""
+    one = laptop()
+    one.write("f")
+    one.run()
+    for inside in (cs.SYNC_HOME, cs.SYNC_HOME + "/tmp"):
+        with pytest.raises(cs.Stopped) as stopped:
+            Laptop(one.path / inside, one.url).run()
+        assert stopped.value.code == 2
+    (one.path / cs.SYNC_HOME / "tmp/somebody's").mkdir()
+    assert one.run().work() == 0 and tree(cloud, ann) == {"f": b"x"}
+
+
 def test_the_status_of_a_folder_that_never_met_its_server(laptop, capsys):
     """Y16: what was begun there is no sync."""
     one = laptop()
