@@ -8462,8 +8462,13 @@ class Moment:
         """Read at once what some collections hold under some names, [(collection, key)]."""
         for some in pieces(list(set(places).difference(self._named))):
             self._named.update(dict.fromkeys(some))
-            for row in self.select("e.parent = w.column1 AND e.key = w.column2", values_of(some), mounts=bool(self.mounts),
-                                   source=values_as_w(len(some), "BIGINT", "TEXT") + " CROSS JOIN entry e"):
+            wanted, params = values_as_w(len(some), "BIGINT", "TEXT"), values_of(some)
+            where, source = "e.parent = w.column1 AND e.key = w.column2", wanted + " CROSS JOIN entry e"
+            if self.seq is not None:                     # all that ended in a collection is gone through: once, and not for each name
+                parents, among = is_among("e.parent", list({parent for parent, _ in some}))
+                where, source, params = "%s AND e.key IN (SELECT column2 FROM %s) AND (e.parent, e.key) IN (SELECT column1, column2 FROM %s)" % (
+                    parents, wanted, wanted), "entry e", {**params, **among}
+            for row in self.select(where, params, mounts=bool(self.mounts), source=source):
                 node = Node._make(row)
                 self._named[node.parent, key_of(node.name)] = next(iter(self.shown([node])), None)
 
