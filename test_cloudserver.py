@@ -13503,7 +13503,7 @@ class Circle:
                 cloud.db.run(Statement("UPDATE answer SET said = 'waiting' WHERE share = ?", (id,)))
         if not self.cloud.devices.list(ann) or not any(device.name == "phone" for device in self.cloud.devices.list(ann)):
             self.credentials["reader"] = "Bearer " + cloud.devices.add_token(ann, "phone", readonly=True)[1]
-        return {"GONE": gone, "SEQ": node.rev, "REV": node.rev, "HEAD": cloud.db.head(), "HASH": node.manifest, "NODE": node.node,
+        return {"GONE": gone, "SEQ": node.rev, "REV": node.rev, "OLD": cloud.versions.list(ann, ("d", "f"))[1].rev, "HEAD": cloud.db.head(), "HASH": node.manifest, "NODE": node.node,
                 "SHARE": next((given.share.id for given in cloud.sharing.of(ann, ("d", "f")) if given.giver == "ann"), None) or cloud.sharing.share(ann, ("d", "f")).share.id}
 
     def ask(self, who, route):
@@ -13518,7 +13518,7 @@ class Circle:
         path = special if isinstance(special, str) else FILE_PATHS.get(route.method, "d/f")
         if "/uploads/" in route.pattern:
             path = {"MKCOL": "up", "PROPFIND": "up", "MOVE": "up/.file"}.get(route.method, "up/1")
-        path = {"trashbin": "trash/%d" % values["GONE"], "versions": "versions/%d/%d" % (values["NODE"], values["REV"])}.get(
+        path = {"trashbin": "trash/%d" % values["GONE"], "versions": "versions/%d/%d" % (values["NODE"], values["OLD"])}.get(
             route.pattern.partition("/dav/")[2].partition("/")[0], path) if route.pattern.startswith("/remote.php/dav/") else path
         if re.search("/accept$|/decline$|pending/<id>$|deletedshares/<id>$", route.pattern):
             values["SHARE"] = self.shares.get(who, self.shares["edit"])
@@ -13577,7 +13577,8 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
         GET /api/v1/starred  POST /api/v1/qr  GET /api/v1/manifest  GET /api/v1/changes  GET /api/v1/events  POST /api/v1/chunks/missing  SEARCH /remote.php/dav
         GET /ocs/*/cloud/user  GET /ocs/*/cloud/users/<name>  GET /ocs/*/core/navigation/apps
         GET /ocs/*/apps/files_sharing/api/v1/shares  GET /ocs/*/apps/files_sharing/api/v1/sharees_recommended
-        GET /ocs/*/apps/files_sharing/api/v1/deletedshares  GET /ocs/*/apps/files_sharing/api/v1/shares/pending""",
+        GET /ocs/*/apps/files_sharing/api/v1/deletedshares  GET /ocs/*/apps/files_sharing/api/v1/shares/pending
+        GET /ocs/*/search/providers  GET /ocs/*/search/providers/files/search""",
     "owner %s waiting declined former left stranger" % SHARED_WITH: """
         POST /api/v1/confirm  GET /api/v1/devices  POST /api/v1/devices  POST /api/v1/zip-names  GET /api/v1/held  GET /api/v1/activity/devices
         GET /api/v1/shares  GET /api/v1/people  POST /api/v1/chunks  GET /ocs/*/core/getapppassword
@@ -13614,7 +13615,7 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
         POST /api/v1/account/password  DELETE /api/v1/devices/<id>  POST /api/v1/grants/<token>  POST /api/v1/allow  POST /api/v1/undo-device
         PATCH /api/v1/admin/groups/<name>  DELETE /api/v1/admin/groups/<name>  PUT /api/v1/admin/groups/<group>/members/<name>
         DELETE /api/v1/admin/groups/<group>/members/<name>  POST /api/v1/accounts  DELETE /api/v1/accounts/<name>
-        HEAD /tus/<id>  PATCH /tus/<id>  DELETE /tus/<id>  POST /tus/<id>  UNLOCK DAV"""}         # what is named by it is not there
+        HEAD /tus/<id>  PATCH /tus/<id>  DELETE /tus/<id>  POST /tus/<id>  UNLOCK DAV  POST /api/v1/unlock  GET /f/<id>"""}         # what is named by it is not there
 SHORT = {"/ocs/*": ["/ocs/v1.php", "/ocs/v2.php"], "DAV": ["/dav/<path>", "/remote.php/dav/files/<owner>/<path>", "/remote.php/webdav/<path>"],
          "UPLOADS": ["/remote.php/dav/uploads/<owner>/<path>"]}
 
