@@ -23918,9 +23918,9 @@ class Uploader:
 
     def _take(self, batch: Outgoing, key: str, here: Here) -> None:
         """Read a file into a batch.  raises OSError"""
-        if self._is_too_much(key, here):
-            return
         base, data = self.memory.base.get(key), b""
+        if state_here(base, here) != "doubt" and self._is_too_much(key, here):
+            return                               # what was only touched is not sent
         moved = self.memory.base.get(self.planner.crossing.get(key, ""))
         if moved and key not in self.unknown and (state_here(moved, here) == "same" or self.planner.holds(here.path, moved)):
             self._offer(batch, key, here, chunks_of(moved), data)        # its bytes are there, in another home

@@ -22381,6 +22381,8 @@ def test_what_is_too_much_for_the_server_costs_itself(laptop, cloud, ann, monkey
         top = "shared/"
     for n in range(30):
         one.write("%snew%02d" % (top, n), random_bytes(100_000 - n))
+    for n in range(1, 20):
+        os.utime(one.path / ("old%02d" % n))
     one.write(top + "large", random_bytes(5 * MiB)), one.write(top + "tiny", "tiny"), one.write("empty", ""), (one.path / "old00").unlink()
     put(cloud, ann, "theirs", "theirs") if what != "disk" else None
     tally = one.run()
