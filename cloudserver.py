@@ -2118,8 +2118,9 @@ def give_to_owner(made: int | Path, home: Path) -> None:
         os.chown(made, about.st_uid, about.st_gid)
 
 
-def insist(act: Callable[..., None], *places: Any) -> None:
-    """os.unlink(place), os.replace(source, place) and the like: on Windows also while a scanner reads it, or if it is read-only.
+def insist(act: Callable[..., Any], *places: Any) -> Any:
+    """os.unlink(place), os.replace(source, place) and the like: on Windows also while a scanner reads it, or if it is read-only; or what reads
+    a place while another program replaces what is there.
 
     raises OSError, on Windows PermissionError after 0.8 s: another program has it open
     """
@@ -2382,8 +2383,7 @@ class Directory(Store):
 
     def owner(self) -> str:
         try:
-            with open(self.home / CLOUD_ID, "rb") as file:
-                return file.read(KiB).decode("ascii", "replace").strip()
+            return insist(Path.read_bytes, self.home / CLOUD_ID)[:KiB].decode("ascii", "replace").strip()
         except FileNotFoundError:
             return ""
 
