@@ -6366,7 +6366,7 @@ ENGINE_3 = """
 ALTER TABLE commit_group ADD COLUMN alone INTEGER;                    -- filled by itself, whichever version commits: that waits until nobody has a lease
 ALTER TABLE commit_group ALTER COLUMN alone SET DEFAULT length(CAST(pg_advisory_xact_lock(%d) AS text));
 """ % LEASE
-CLUSTER_STEPS = [ENGINE_1, ENGINE_2, ENGINE_3]              # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
+CLUSTER_STEPS = [ENGINE_1, ENGINE_2, ENGINE_3]    # of this engine alone, beside MIGRATIONS, after which they are taken; CLUSTER_STEPS[0] leads from 0 to 1
 
 CHANNEL = "cloudserver"                          # ... on which commits are told
 COMPANY = 10                                     # groups for which it counts that others had the lock
@@ -6719,6 +6719,7 @@ def check_commit(end: Result) -> None:
 
 TOUCHED_MOST = 500                                  # groups that are looked through; after more of them all is forgotten
 TOUCHED_SINCE = "SELECT number, id, touched FROM commit_group WHERE number >= ? ORDER BY number LIMIT %d" % TOUCHED_MOST
+TOUCHED_LAST = "SELECT number, id FROM commit_group WHERE number IS NOT NULL ORDER BY number DESC LIMIT 1"
 QUIET = 0.5                                         # seconds without a commit after which a lease may be asked for,
 LEASE_LOOKS = 30                                    # ... and looks within a second
 LEASE_TIME, LEASE_TICK = 0.5, 0.1                   # seconds for which it counts that the database said it stood, and between two such words
@@ -6728,7 +6729,6 @@ GIVE_LEASE = "SELECT pg_advisory_unlock_shared(%d), set_config('idle_session_tim
 DOES_LEASE_STAND = (  # is it ours, and does nobody wait for it?
     "SELECT coalesce(bool_and(l.granted) AND bool_or(l.pid = pg_backend_pid()), false) FROM pg_locks l JOIN pg_database d ON d.oid = l.database "
     "WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.objid = %d" % LEASE)
-TOUCHED_LAST = "SELECT number, id FROM commit_group WHERE number IS NOT NULL ORDER BY number DESC LIMIT 1"
 
 
 def tracks_touched(batches: Iterable[Batch]) -> bytes | None:
@@ -6839,9 +6839,9 @@ class ReadLease:
         self._wanted = False
         (self._held, _), = self._ask(GET_LEASE)
         if self._held:
+            threading.Thread(target=self._watch, name="lease", daemon=True).start()         # whatever becomes of what follows
             self._touched.confirm()              # after that nothing can come
-            if self._renew(time.monotonic()):
-                threading.Thread(target=self._watch, name="lease", daemon=True).start()
+            self._renew(time.monotonic())
 
     def _renew(self, now: float) -> bool:
         """Does it still stand?  raises CloudError"""
@@ -7223,7 +7223,7 @@ class Postgres(Database):
     def _with_data(self, table: str, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         """The same rows of a table, the last column of which is its data, with these.  raises CloudError if some are gone that had to stay"""
         key, must_stay = APART[table]
-        for some in iter(lambda: list(itertools.islice(rows, PIECE // 5)), []):
+        for some in portions(rows, PIECE // 5):
             keys = [row[0] for row in some if row[-1] is not None]
             data = dict(self.read("SELECT %s, data FROM %s WHERE %s IN (%s)" % (key, table, key, marks(keys)), keys)) if keys else {}
             for row in some:
@@ -11973,8 +11973,7 @@ class History:
                        missed: Missed | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
         """(path, node, bytes) of some nodes and of all below them; of a collection without a path only that."""
         nodes = (one for one in Ahead(then).walk_each(tops, missed) if one[0] or not one[1].kind)
-        while True:
-            some = list(itertools.islice(nodes, CONTENTS))
+        for some in portions(nodes, CONTENTS):
             chunks = self.tree.contents.single_chunks([node.manifest for _, node in some if not node.kind])
             for place, node in some:
                 try:
@@ -11985,8 +11984,6 @@ class History:
                     missed(place, error)
                 else:
                     yield place, node, content
-            if len(some) < CONTENTS:
-                return
 
     def archive(self, who: Principal, path: tuple[str, ...], names: Sequence[tuple[str, ...]] = (),
                 seq: int | None = None) -> Iterator[tuple[tuple[str, ...], Node, Content | None]]:
@@ -12470,7 +12467,7 @@ class Trash:
         """Mark all that hangs below collections that were given up: nothing of it can be had at an earlier place."""
         tops = (top for top, in self.db.each("SELECT DISTINCT node FROM entry WHERE fate = 'purged' AND kind = 1 AND node > ? ORDER BY node LIMIT %d" % PIECE,
                                              (), (-1,)))
-        for some in iter(lambda: list(itertools.islice(tops, PIECE)), []):
+        for some in portions(tops):
             pending = [some]
             while pending:
                 above = pending.pop()
@@ -13541,16 +13538,13 @@ class Sync:
         return seq, top, self.tree.while_shared(who, then, [top], places)
 
     def _places(self, nodes: Iterator[tuple[tuple[str, ...], Node]], chunks: bool, shared: Callable[[Node], SharedBy | None]) -> Iterator[Listed]:
-        while True:
-            some = list(itertools.islice(nodes, CONTENTS if chunks else PIECE))
+        for some in portions(nodes, CONTENTS if chunks else PIECE):
             ids = [node.manifest for _, node in some if is_composed(node)]
             sums = dict(self.db.read("SELECT id, sha256 FROM manifest WHERE id IN (" + marks(ids) + ")", ids)) if ids else {}
             lists = self.tree.contents.lists(ids) if chunks else {}
             for path, node in some:
                 yield Listed(path, node, sums.get(node.manifest, node.manifest), self.tree.contents.chunks(node, lists) if chunks and not node.kind else None,
                              shared(node))
-            if not some:
-                return
 
     def place_of(self, change: Changed, chunks: bool) -> Listed:
         """A node that changed as a manifest tells it."""
@@ -17570,7 +17564,7 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         base = dav_href(request, path, bool(node.kind))
         answer.tell(base, node, about)
         children = now.children(node.node) if depth == "1" and node.kind else iter(())
-        for some in iter(lambda: list(itertools.islice(children, PIECE)), []):
+        for some in portions(children):
             request.check_alive()
             answer.tell_each([base + (child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")) + "/" * child.kind
                               for child in some], some, about)

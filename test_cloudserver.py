@@ -4986,6 +4986,18 @@ def test_whatever_ends_a_lease_nothing_is_believed_that_is_so_no_more(db, open_d
     assert leases(db) and remembered(db) == 2
 
 
+@OF_POSTGRES
+def test_a_lease_that_was_had_and_could_not_be_used_is_given_back(db, open_db, leases, monkeypatch):
+    other = open_db()
+    put_number(other, 1)
+    with monkeypatch.context() as failing:
+        failing.setattr(db._lease, "_renew", Mock(side_effect=CloudError("busy")))
+        assert eventually(lambda: outcome(remembered, db) == "busy")
+        eventually(lambda: not db._lease._held)
+    assert other.read("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %d" % cs.LEASE) == [(0,)]
+    assert leases(db) and remembered(db) == 1
+
+
 @pytest.mark.parametrize("saying, want", [([None, 10], 10), ([10, 20], 10), ([5, 3], 3), ([], math.inf)])
 def test_what_counts_of_a_lease_counts_no_longer_than_what_hosts_said(saying, want):
     lead = cs.Lead.__new__(cs.Lead)
