@@ -417,6 +417,13 @@ def umask():
     os.umask(mask)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def settings(tmp_path_factory):
+    """What programs remember for their user, as which folders are synced: another run's may have had the same paths."""
+    with patch.dict(os.environ, {"XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("config"))}):
+        yield
+
+
 class FakeTime:
     """A wall clock and a steady clock that move only when told to."""
 
@@ -19605,7 +19612,7 @@ def test_a_sync_that_is_told_to_stop_stops_soon(serve, tmp_path, how, kind):
     program = [sys.executable, "-c", "; ".join([IMPORT, "import time", "cs.SCAN_LEAST = cs.SCAN_MOST = 600", "cs.FIRST_FILES = cs.COMMIT_FILES = 1",
                slow_down if how == "it works" else "pass", "sys.exit(cs.main(sys.argv[1:]))"])]
     process = subprocess.Popen([*program, "sync", str(folder), "http://ann@%s:%d" % served.address, "--password-stdin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "config")})
+                               stderr=subprocess.PIPE, text=True)
     try:
         process.stdin.write(PASSWORD + "\n"), process.stdin.close()
         if how == "it works":
@@ -20014,7 +20021,7 @@ def test_clients_go_on_where_a_cloud_moved_to(serve, database_of, tmp_path, kind
     log = tmp_path / "access.log"
     served = serve("--workers", "2", "--access-log", log)
     port, url = str(served.address[1]), "http://ann@127.0.0.1:%d" % served.address[1]
-    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}      # another run's folder may have had the same path
+    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}
     if kind == "native":
         folder = tmp_path / "folder"
         folder.mkdir()
@@ -20061,7 +20068,7 @@ def test_a_client_goes_on_while_its_cloud_moves(serve, database_of, tmp_path):
     log, folder = tmp_path / "access.log", tmp_path / "folder"
     served = serve("--access-log", log)
     folder.mkdir()
-    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}
     with open(tmp_path / "told", "w") as told:
         client = popen("sync", folder, "http://ann@127.0.0.1:%d" % served.address[1], "--json", env=env, stdout=told, stderr=told)
     try:
@@ -27209,7 +27216,7 @@ def test_two_laptops_and_an_upload_over_a_bucket(serve, bucket_url, tmp_path, rn
     """And what its keeper does: doctor, gc, verify, a backup, a restore into another place of the bucket."""
     served, one, two = serve("--objects", bucket_url, "--workers", "2"), make_tree(tmp_path / "one", rng, 20), tmp_path / "two"
     (one / "large").write_bytes(random_bytes(5 * MiB))
-    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD, "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    env = {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}
     sync = lambda place: json.loads(run("sync", place, url_of(served, "", "ann"), "--once", "--json", timeout=120, env=env).stdout)
     files = lambda home: {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file() and cs.SYNC_HOME not in path.parts}
     assert sync(one)["uploaded"] == 21 and sync(two)["downloaded"] == 21 and files(one) == files(two)
