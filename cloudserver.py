@@ -32,20 +32,21 @@ The file reads bottom-up, like a house: a room uses only the rooms above it.
     24  JSON API        api_*                                          what the page and programs use
     25  Transfer        tus_* sync_*                                   resumable uploads, native sync
     26  WebDAV          dav_*                                          RFC 4918
-    27  Nextcloud dialect  nc_* ocs_*                                  what its and ownCloud's clients expect
-    28  Upkeep          Upkeep Janitor                                 background jobs
-    29  Service         CloudServer Supervisor                         start, stop, logs
-    30  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
-    31  Moving          move_cloud give_back                          from one machine to several, and back
-    32  Folder          Rules Folder Memory                            a folder on this computer
-    33  Link            Link Fetcher introduce                         the server at the other end of a sync
-    34  Planner         Session Worklist Planner                      what a sync has to do
-    35  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
-    36  Command line    main                                           a function per command
-    37  Page parts      PARTS_* WORDS bare                             what pages are made of
-    38  Visitor         link_page H                                    what visitors of links see
-    39  Links           link_*                                         the doors that links open
-    40  Page            PAGE_* web_page                                the embedded page
+    27  OCS             ocs_* nc_login                                 what Nextcloud's and ownCloud's apps ask beside files
+    28  Nextcloud dialect  nc_*                                        what they expect of files
+    29  Upkeep          Upkeep Janitor                                 background jobs
+    30  Service         CloudServer Supervisor                         start, stop, logs
+    31  Custody         verify back_up restore_backup examine          what its keeper does with a cloud as a whole
+    32  Moving          move_cloud give_back                          from one machine to several, and back
+    33  Folder          Rules Folder Memory                            a folder on this computer
+    34  Link            Link Fetcher introduce                         the server at the other end of a sync
+    35  Planner         Session Worklist Planner                      what a sync has to do
+    36  Sync client     SyncClient Mover Uploader Downloader          a folder and an account kept alike
+    37  Command line    main                                           a function per command
+    38  Page parts      PARTS_* WORDS bare                             what pages are made of
+    39  Visitor         link_page H                                    what visitors of links see
+    40  Links           link_*                                         the doors that links open
+    41  Page            PAGE_* web_page                                the embedded page
 
 The path of a request:
 
@@ -53,7 +54,7 @@ The path of a request:
         1 find_route  ROUTES         which function?                    404 405
         2 identify    Credentials    who is asking?  (of a link: Sharing)
         3 admit       Route.needs    may they knock?                    401 403
-        4 handler     rooms 24-27    words to values, one Cloud call, values to words
+        4 handler     rooms 24-28    words to values, one Cloud call, values to words
               Files, History, ...    this principal, on this node?      403 404 409 412 423 507
                   Store              bytes first, no lock held
                   Database           then guards, rows and one journal line, in one batch
@@ -17318,6 +17319,16 @@ class About:
         return value
 
 
+class Scattered(About):
+    """What properties need of nodes that come from everywhere."""
+
+    def __init__(self, cloud: Cloud, who: Principal) -> None:
+        super().__init__(cloud, who, None, None)
+        self.locks = lambda node: []
+        self._fetch.update(digests=dict, pictured=lambda: cloud.pictures.known(who), dead=lambda: {
+            node.node: {STAR: STARRED} for _, node in cloud.files.stars.list(who)})
+
+
 Reader = Optional[Callable[[Node, About], Optional[str]]]                # of a property, as XML; None: no node has it
 
 
@@ -17757,14 +17768,13 @@ REPORT_KINDS = {"{DAV:}sync-collection": dav_changes}
 open_door(Door(("dav",), PROPERTIES, frozenset(), REPORT_KINDS), dav_error, HANDLERS)
 
 
-# ==== 27. Nextcloud dialect ==============================================================
+# ==== 27. OCS ============================================================================
 #
-# What Nextcloud's and ownCloud's clients ask beside WebDAV: discovery, OCS, the login flow, uploads in chunks and in
-# bulk, trash, versions, search.  Words are translated to one Cloud call and back; the files themselves are served by
-# the WebDAV room, through two more doors with more properties.  Nothing is announced that is not there.
+# What Nextcloud's and ownCloud's clients ask that is not about files' bytes: discovery, capabilities, who is logged in,
+# shares, whom to share with, the login flow, search by words.  Each is in either version of OCS, as JSON or XML; words are
+# translated to one Cloud call and back.  Nothing is announced that is not there.
 
 NC_VERSION = "28.0.4.1"         # whose dialect this is; clients refuse a server that calls itself too old
-OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
 
 # ---- discovery
 
@@ -17784,17 +17794,6 @@ def nc_about(cloud: Cloud) -> dict[str, Any]:
 def nc_reached(cloud: Cloud, who: Principal, request: Request) -> Response:
     """By this Android's app knows that nobody stands between, before it uploads anything over a wireless network."""
     return Response(204)
-
-
-def lead_to(place: str) -> Response:
-    return Response(303, b"", {"Location": "../" + place, "Cache-Control": "no-store"})        # relative: we may be behind a prefix (B4)
-
-
-@route("GET", "/f/<id>", needs="read", refuse=lambda error, request: lead_to("login") if error.status == 401 else json_error(error, request))
-def nc_shown(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
-    """What clients copy as an internal link leads a browser to where the file is, once somebody is logged in."""
-    path = cloud.files.path_of(who, read_file_id(id))
-    return lead_to("files" + format_path(path if cloud.files.stat(who, path).kind else path[:-1]))
 
 
 def ocs(name: str) -> list[str]:
@@ -18225,6 +18224,57 @@ def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Res
     return ocs_response(request, [])
 
 
+# ---- search by words: the apps ask so any server that calls itself 20 or newer
+
+OCS_SEARCH = "search/providers"
+
+
+@route("GET", *ocs(OCS_SEARCH), needs="read", refuse=ocs_error)
+def ocs_searched(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """What can be searched: the files."""
+    return ocs_response(request, [{"id": "files", "appId": "files", "name": "Files", "icon": "", "order": 5, "triggers": ["files"],
+                                   "filters": {"term": "string"}, "inAppSearch": False}])
+
+
+@route("GET", *ocs(OCS_SEARCH + "/files/search"), needs="read", refuse=ocs_error)
+def ocs_search(cloud: Cloud, who: Principal, request: Request) -> Response:
+    """Files and collections by words of their names and contents, a page from `cursor` on."""
+    asked = parse_query(request.query)
+    first, count = (int(asked[name]) if re.fullmatch(r"\d{1,4}", asked.get(name, "")) else default for name, default in (("cursor", 0), ("limit", 5)))
+    (words, without), about, found, more = parse_words(asked.get("term", "")), Scattered(cloud, who), [], False
+    if words:
+        found, more = cloud.search.find(who, Query(words, without), limit=first + count, alive=partial(request.check_alive, SEARCH_TIME))
+    entries = [ocs_found(request, hit.path, hit.node, about) for hit in found[first:]]
+    return ocs_response(request, {"name": "Files", "isPaginated": more, "entries": entries, "cursor": first + len(entries)})
+
+
+def ocs_found(request: Request, path: tuple[str, ...], node: Node, about: About) -> dict[str, Any]:
+    base, is_pictured = base_url(request), not node.kind and (node.home, node.manifest) in about.pictured
+    return {"title": node.name, "subline": "/" + "/".join(path[:-1]), "icon": "icon-folder" if node.kind else "icon-file", "rounded": False,
+            "thumbnailUrl": "%s/index.php/core/preview?x=32&y=32&fileId=%d" % (base, node.node) if is_pictured else "",
+            "resourceUrl": base + "/files" + format_path(path if node.kind else path[:-1]),
+            "attributes": {"fileId": str(node.node), "path": "/" + "/".join(path)}}
+
+
+# ==== 28. Nextcloud dialect ==============================================================
+#
+# What Nextcloud's and ownCloud's clients do with files: uploads in chunks and in bulk, trash, versions, favourites, search.
+# Words are translated to one Cloud call and back; the files themselves are served by the WebDAV room, through two more
+# doors with more properties.
+
+OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
+
+def lead_to(place: str) -> Response:
+    return Response(303, b"", {"Location": "../" + place, "Cache-Control": "no-store"})        # relative: we may be behind a prefix (B4)
+
+
+@route("GET", "/f/<id>", needs="read", refuse=lambda error, request: lead_to("login") if error.status == 401 else json_error(error, request))
+def nc_shown(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """What clients copy as an internal link leads a browser to where the file is, once somebody is logged in."""
+    path = cloud.files.path_of(who, read_file_id(id))
+    return lead_to("files" + format_path(path if cloud.files.stat(who, path).kind else path[:-1]))
+
+
 # ---- files: two doors into WebDAV
 
 def stored_text(node: Node, about: About, name: str) -> str:
@@ -18558,16 +18608,6 @@ def read_wanted(request: Request, where: str) -> tuple[tuple[str, ...], list[tup
 
 # ---- favourites and search
 
-class Scattered(About):
-    """What properties need of nodes that come from everywhere."""
-
-    def __init__(self, cloud: Cloud, who: Principal) -> None:
-        super().__init__(cloud, who, None, None)
-        self.locks = lambda node: []
-        self._fetch.update(digests=dict, pictured=lambda: cloud.pictures.known(who), dead=lambda: {
-            node.node: {FAVORITE: STARRED} for _, node in cloud.files.stars.list(who)})
-
-
 def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
             rows: Iterable[tuple[tuple[str, ...], Node]]) -> Response:
     """A multistatus of nodes from everywhere, (path, node), below an address."""
@@ -18707,38 +18747,6 @@ def nc_search(cloud: Cloud, who: Principal, request: Request) -> Response:
     return nc_rows(request, about, NC_ROOT + (owner,), names, found[:most])
 
 
-# ---- search by words: the apps ask so any server that calls itself 20 or newer
-
-OCS_SEARCH = "search/providers"
-
-
-@route("GET", *ocs(OCS_SEARCH), needs="read", refuse=ocs_error)
-def ocs_searched(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """What can be searched: the files."""
-    return ocs_response(request, [{"id": "files", "appId": "files", "name": "Files", "icon": "", "order": 5, "triggers": ["files"],
-                                   "filters": {"term": "string"}, "inAppSearch": False}])
-
-
-@route("GET", *ocs(OCS_SEARCH + "/files/search"), needs="read", refuse=ocs_error)
-def ocs_search(cloud: Cloud, who: Principal, request: Request) -> Response:
-    """Files and collections by words of their names and contents, a page from `cursor` on."""
-    asked = parse_query(request.query)
-    first, count = (int(asked[name]) if re.fullmatch(r"\d{1,4}", asked.get(name, "")) else default for name, default in (("cursor", 0), ("limit", 5)))
-    (words, without), about, found, more = parse_words(asked.get("term", "")), Scattered(cloud, who), [], False
-    if words:
-        found, more = cloud.search.find(who, Query(words, without), limit=first + count, alive=partial(request.check_alive, SEARCH_TIME))
-    entries = [ocs_found(request, hit.path, hit.node, about) for hit in found[first:]]
-    return ocs_response(request, {"name": "Files", "isPaginated": more, "entries": entries, "cursor": first + len(entries)})
-
-
-def ocs_found(request: Request, path: tuple[str, ...], node: Node, about: About) -> dict[str, Any]:
-    base, is_pictured = base_url(request), not node.kind and (node.home, node.manifest) in about.pictured
-    return {"title": node.name, "subline": "/" + "/".join(path[:-1]), "icon": "icon-folder" if node.kind else "icon-file", "rounded": False,
-            "thumbnailUrl": "%s/index.php/core/preview?x=32&y=32&fileId=%d" % (base, node.node) if is_pictured else "",
-            "resourceUrl": base + "/files" + format_path(path if node.kind else path[:-1]),
-            "attributes": {"fileId": str(node.node), "path": "/" + "/".join(path)}}
-
-
 # ---- trash and versions
 
 ROOTS_LACK = ("{DAV:}getetag", OC + "id", OC + "fileid")                # else nc-py-api takes the place itself for one of its things
@@ -18845,7 +18853,7 @@ def nc_restore_version(cloud: Cloud, who: Principal, request: Request, path: tup
     return Response(201)
 
 
-# ==== 28. Upkeep =========================================================================
+# ==== 29. Upkeep =========================================================================
 #
 # What goes on in the background.
 
@@ -19559,7 +19567,7 @@ JOBS: dict[str, tuple[int, Callable[[Janitor], Any]]] = {      # name: (every so
 }
 
 
-# ==== 29. Service ========================================================================
+# ==== 30. Service ========================================================================
 #
 # One supervisor, several workers that share the listening socket.  1. The supervisor forks before any database is
 # opened for good.  2. A worker ends when its supervisor does.  3. Background jobs run in every worker's janitor, but
@@ -20365,7 +20373,7 @@ def keep_on_core(index: int) -> None:
         os.sched_setaffinity(0, {sorted(CORES)[index % len(CORES)]})
 
 
-# ==== 30. Custody ========================================================================
+# ==== 31. Custody ========================================================================
 #
 # What its keeper does with a cloud as a whole.
 
@@ -21325,7 +21333,7 @@ def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
         yield None, "no server runs on this data"
 
 
-# ==== 31. Moving =========================================================================
+# ==== 32. Moving =========================================================================
 #
 # A cloud goes from one machine, with SQLite in a data directory, to PostgreSQL, or back.
 # 1. Its rows are in two places, of which one at most takes any: the source until it is sealed, the target once it is opened.
@@ -21510,7 +21518,7 @@ class Move:
         arrival.open()
 
 
-# ==== 32. Folder =========================================================================
+# ==== 33. Folder =========================================================================
 #
 # Two-way sync of a folder with a server, over the sync protocol and nothing else.
 # 1. Each side is compared with what both last agreed on (base), never with the other.  Size, times and inode say that a
@@ -22518,7 +22526,7 @@ class Memory:
         self.db.close()
 
 
-# ==== 33. Link ===========================================================================
+# ==== 34. Link ===========================================================================
 #
 # The server at the other end of a sync: what it answers is checked here (invariant 6).
 
@@ -23134,7 +23142,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
     memory.flush()
 
 
-# ==== 34. Planner ========================================================================
+# ==== 35. Planner ========================================================================
 #
 # What a run of the client has to do.  The invariants are those of the room Folder.
 
@@ -23575,7 +23583,7 @@ class Planner:
         return False
 
 
-# ==== 35. Sync client ====================================================================
+# ==== 36. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
 
@@ -24540,7 +24548,7 @@ def open_client(place: Path, url: str | None, password: Callable[[str], str], wi
         raise
 
 
-# ==== 36. Command line ===================================================================
+# ==== 37. Command line ===================================================================
 
 Arguments = argparse.Namespace
 GROUPS = {"user": "make, list, change and remove accounts", "group": "make, list and remove groups of accounts, and say who belongs to them"}
@@ -25103,7 +25111,7 @@ def complain(error: Exception | str, code: int) -> int:
     return code
 
 
-# ==== 37. Page parts =====================================================================
+# ==== 38. Page parts =====================================================================
 #
 # What the pages of the program are made of, and share: style, script and words.  Each page adds its own behind them, and
 # the functions of its own that these call.
@@ -27248,7 +27256,7 @@ def source_hash(text: str) -> str:
     return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# ==== 38. Visitor ========================================================================
+# ==== 39. Visitor ========================================================================
 #
 # What somebody sees who opens a link: a page that is whole as the server writes it.  Its script adds preview, uploads that
 # go on after a break, and what else needs one.  Names and notes enter it by H and textContent alone (W5).  It tells nothing
@@ -27951,7 +27959,7 @@ def web_visitor(cloud: Cloud, who: Principal, request: Request) -> Response:
                                          "Cross-Origin-Resource-Policy": "same-origin"})
 
 
-# ==== 39. Links ==========================================================================
+# ==== 40. Links ==========================================================================
 #
 # The doors that links open: /s/TOKEN for browsers, curl, WebDAV and tus, and those of Nextcloud's public links.  Files whose name is that of a door below a token are reached by way of dav.
 
@@ -28116,7 +28124,7 @@ open_door(NC_LINK, nc_error, LINK_HANDLERS)
 open_door(replace(NC_LINK, names=("public.php", "webdav")), nc_error, LINK_HANDLERS)             # the token is the user's name there
 
 
-# ==== 40. Page ===========================================================================
+# ==== 41. Page ===========================================================================
 #
 # The page is one more client of the JSON API: PAGE_HTML, style and script are joined once, and nothing else is
 # loaded.  Names and other users' text enter it by textContent alone (W5).

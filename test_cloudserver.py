@@ -1101,7 +1101,7 @@ def test_every_kind_of_refusal_is_in_the_table():
 
 def test_front_ends_stay_thin():
     """The doors reach neither database nor blobs, and catch nothing."""
-    doors = {"JSON API", "Transfer", "WebDAV", "Nextcloud dialect", "Visitor", "Links", "Page"}
+    doors = {"JSON API", "Transfer", "WebDAV", "OCS", "Nextcloud dialect", "Visitor", "Links", "Page"}
     assert doors <= {title for *_, title in ROOMS}
     for node in nodes():
         if room_of(node) in doors:
@@ -16574,10 +16574,7 @@ def test_quota_properties(call, cloud, ann):
     assert call("PUT", "/dav/b", bytes(800)).status == 507
 
 
-# ==== 27. Nextcloud dialect ==============================================================
-
-UPLOADS = "/remote.php/dav/uploads/ann/"
-
+# ==== 27. OCS ============================================================================
 
 def test_nextcloud_discovery(call):
     about = call("GET", "/status.php", user=None).json()
@@ -16598,14 +16595,6 @@ def test_android_knows_that_it_has_reached_the_server(call, make_cloud, serve_cl
     for one in (call, partial(exchange, serve_cloud(make_cloud(name="new")))):
         answer = one("GET", "/index.php/204", user=None)
         assert answer.status == 204 and answer.body == b"" and answer.headers.get("content-length", "0") == "0"
-
-
-def test_internal_links_lead_to_where_a_file_is(call, cloud, ann, bob):
-    node = put(cloud, ann, "d \u00e9/f", parents=True)
-    lead = lambda id, **who: (lambda answer: (answer.status, answer.headers.get("location")))(call("GET", "/index.php/f/%s" % id, **who))
-    assert lead(node.node) == (303, "../files/d%20%C3%A9") == lead(cloud.files.stat(ann, ("d \u00e9",)).node) and lead("1x")[0] == 404
-    assert lead(node.node, user=None) == (303, "../login") == lead(7, user=None) and lead(node.node, user="bob")[0] == 404
-    assert lead(cloud.files.stat(ann, ()).node) == (303, "../files/") and lead("x")[0] == 400
 
 
 def test_a_server_without_accounts_is_not_installed(make_cloud, serve_cloud):
@@ -16675,6 +16664,55 @@ def test_login_addresses_are_those_the_client_uses(make_cloud, serve_cloud):
     begun = exchange(serve_cloud(cloud), "POST", "/index.php/login/v2", user=None, Host="cloud.example",
                      X_Forwarded_For="8.8.8.8", X_Forwarded_Proto="https").json()
     assert begun["login"].startswith("https://cloud.example/login/v2/flow/") and begun["poll"]["endpoint"] == "https://cloud.example/login/v2/poll"
+
+
+def test_words_are_searched_as_the_apps_do_since_version_20(call, cloud, ann, bob):
+    def look(**asked):
+        answer = call("GET", "/ocs/v2.php/search/providers/files/search?" + cs.urlencode(asked), Accept="application/json").json()["ocs"]
+        return answer["data"]
+    for n in range(7):
+        put(cloud, ann, "d \u00e9/report %d.txt" % n, parents=True)
+    cloud.files.make_collection(ann, ("reports",)), put(cloud, bob, "given/report of bob", parents=True), put(cloud, bob, "report unseen")
+    cloud.sharing.share(bob, ("given",), "account", "ann", role="view")
+    assert [one["id"] for one in call("GET", "/ocs/v2.php/search/providers?format=json").json()["ocs"]["data"]] == ["files"]
+    found, cursor, pages = [], 0, 0
+    while pages == 0 or page["isPaginated"]:
+        page = look(term="REPORT", limit=4, cursor=cursor)
+        found, cursor, pages = found + page["entries"], page["cursor"], pages + 1
+        assert pages < 9
+    assert pages == 3 and {entry["attributes"]["path"] for entry in found} == {
+        "/reports", "/given/report of bob", *("/d \u00e9/report %d.txt" % n for n in range(7))} and len(found) == 9
+    assert all(set(entry) == {"title", "subline", "icon", "rounded", "thumbnailUrl", "resourceUrl", "attributes"} for entry in found)
+    one, = look(term="report 3")["entries"]
+    assert one["title"] == "report 3.txt" and one["resourceUrl"].endswith("/files/d%20%C3%A9") and one["thumbnailUrl"] == ""
+    assert one["attributes"]["fileId"] == str(cloud.files.stat(ann, ("d \u00e9", "report 3.txt")).node)
+    assert len(look(term="report")["entries"]) == 5 and look(term="")["entries"] == [] == look(term="-x", cursor="y", limit="z")["entries"]
+    assert look(term="report", cursor=9999)["entries"] == [] and call("GET", "/ocs/v2.php/search/providers/mail/search?term=a").status == 404
+    put(cloud, ann, "report.jpg", b"\xff\xd8\xff" * 9), cloud.pictures.put(ann, ("report.jpg",), b"\xff\xd8\xff")
+    assert call("GET", look(term="report jpg")["entries"][0]["thumbnailUrl"].partition("/index.php")[2]).body == b"\xff\xd8\xff"
+    assert call("GET", "/ocs/v1.php/search/providers/files/search?term=report", user=None).status == 401
+
+
+def test_a_user_has_all_that_nextclouds_library_reads(call):
+    """C8: nc-py-api raises KeyError for what is missing."""
+    about = call("GET", "/ocs/v1.php/cloud/users/ann?format=json").json()["ocs"]["data"]
+    assert abs(about["lastLogin"] / 1000 - time.time()) < 100 and about["additional_mail"] == [] == about["groups"] and about["notify_email"] is None
+    assert {"id", "backend", "quota", "email", "displayname", "phone", "address", "website", "twitter", "fediverse", "organisation", "role", "headline",
+            "biography", "profile_enabled", "language", "locale", "backendCapabilities", "subadmin", "manager"} <= set(about)
+    assert call("GET", "/ocs/v1.php/cloud/user", Accept="*/*").status == 200                # as XML, too
+
+
+# ==== 28. Nextcloud dialect ==============================================================
+
+UPLOADS = "/remote.php/dav/uploads/ann/"
+
+
+def test_internal_links_lead_to_where_a_file_is(call, cloud, ann, bob):
+    node = put(cloud, ann, "d \u00e9/f", parents=True)
+    lead = lambda id, **who: (lambda answer: (answer.status, answer.headers.get("location")))(call("GET", "/index.php/f/%s" % id, **who))
+    assert lead(node.node) == (303, "../files/d%20%C3%A9") == lead(cloud.files.stat(ann, ("d \u00e9",)).node) and lead("1x")[0] == 404
+    assert lead(node.node, user=None) == (303, "../login") == lead(7, user=None) and lead(node.node, user="bob")[0] == 404
+    assert lead(cloud.files.stat(ann, ()).node) == (303, "../files/") and lead("x")[0] == 400
 
 
 def test_nextcloud_properties(call, cloud, ann):
@@ -17039,33 +17077,6 @@ SEARCH_ALL = ("<d:searchrequest xmlns:d='DAV:'><d:basicsearch><d:from><d:scope><
               "<d:where>%s</d:where></d:basicsearch></d:searchrequest>" % compare("like", "d:getcontenttype", "image/%"))
 
 
-def test_words_are_searched_as_the_apps_do_since_version_20(call, cloud, ann, bob):
-    def look(**asked):
-        answer = call("GET", "/ocs/v2.php/search/providers/files/search?" + cs.urlencode(asked), Accept="application/json").json()["ocs"]
-        return answer["data"]
-    for n in range(7):
-        put(cloud, ann, "d \u00e9/report %d.txt" % n, parents=True)
-    cloud.files.make_collection(ann, ("reports",)), put(cloud, bob, "given/report of bob", parents=True), put(cloud, bob, "report unseen")
-    cloud.sharing.share(bob, ("given",), "account", "ann", role="view")
-    assert [one["id"] for one in call("GET", "/ocs/v2.php/search/providers?format=json").json()["ocs"]["data"]] == ["files"]
-    found, cursor, pages = [], 0, 0
-    while pages == 0 or page["isPaginated"]:
-        page = look(term="REPORT", limit=4, cursor=cursor)
-        found, cursor, pages = found + page["entries"], page["cursor"], pages + 1
-        assert pages < 9
-    assert pages == 3 and {entry["attributes"]["path"] for entry in found} == {
-        "/reports", "/given/report of bob", *("/d \u00e9/report %d.txt" % n for n in range(7))} and len(found) == 9
-    assert all(set(entry) == {"title", "subline", "icon", "rounded", "thumbnailUrl", "resourceUrl", "attributes"} for entry in found)
-    one, = look(term="report 3")["entries"]
-    assert one["title"] == "report 3.txt" and one["resourceUrl"].endswith("/files/d%20%C3%A9") and one["thumbnailUrl"] == ""
-    assert one["attributes"]["fileId"] == str(cloud.files.stat(ann, ("d \u00e9", "report 3.txt")).node)
-    assert len(look(term="report")["entries"]) == 5 and look(term="")["entries"] == [] == look(term="-x", cursor="y", limit="z")["entries"]
-    assert look(term="report", cursor=9999)["entries"] == [] and call("GET", "/ocs/v2.php/search/providers/mail/search?term=a").status == 404
-    put(cloud, ann, "report.jpg", b"\xff\xd8\xff" * 9), cloud.pictures.put(ann, ("report.jpg",), b"\xff\xd8\xff")
-    assert call("GET", look(term="report jpg")["entries"][0]["thumbnailUrl"].partition("/index.php")[2]).body == b"\xff\xd8\xff"
-    assert call("GET", "/ocs/v1.php/search/providers/files/search?term=report", user=None).status == 401
-
-
 def test_a_search_is_bounded(call, cloud, ann, monkeypatch):
     """X16: by conditions, properties and time."""
     put(cloud, ann, "a.txt")
@@ -17126,15 +17137,6 @@ def test_folders_are_downloaded_as_nextcloud_clients_ask(call, cloud, ann):
     for query, want in (("?dir=/no", 404), ("?dir=/d%20%C3%A4&files=no", 404), ("?files=" + cs.quote('[1]'), 400), ("?files=" + cs.quote('[x]') , 400), ("?files=" + cs.quote('['), 404),
                         ("?files=" + cs.quote('[],"x":[]'), 200), ("?dir=/../x", 400)):
         assert get_(query).status == want, query
-
-
-def test_a_user_has_all_that_nextclouds_library_reads(call):
-    """C8: nc-py-api raises KeyError for what is missing."""
-    about = call("GET", "/ocs/v1.php/cloud/users/ann?format=json").json()["ocs"]["data"]
-    assert abs(about["lastLogin"] / 1000 - time.time()) < 100 and about["additional_mail"] == [] == about["groups"] and about["notify_email"] is None
-    assert {"id", "backend", "quota", "email", "displayname", "phone", "address", "website", "twitter", "fediverse", "organisation", "role", "headline",
-            "biography", "profile_enabled", "language", "locale", "backendCapabilities", "subadmin", "manager"} <= set(about)
-    assert call("GET", "/ocs/v1.php/cloud/user", Accept="*/*").status == 200                # as XML, too
 
 
 def test_the_trash_of_phone_apps(call, cloud, ann):
@@ -17249,7 +17251,7 @@ def test_a_poll_that_finds_nothing_new_is_cheap(call, cloud, ann, asked):
     assert 0 < len(asked) <= 4, asked
 
 
-# ==== 28. Upkeep and custody =============================================================
+# ==== 29. Upkeep and custody =============================================================
 
 @pytest.fixture
 def aging(make_cloud, fake):
@@ -19299,7 +19301,7 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
     assert call("PUT", "/dav/new", random_bytes(100_000)).status == 201 and cs.verify(cloud) == []
 
 
-# ==== 29. Service ========================================================================
+# ==== 30. Service ========================================================================
 
 def test_first_start_prints_a_setup_link(serve):
     served = serve(user=None)
@@ -19719,7 +19721,7 @@ def test_the_access_log_is_combined_and_keeps_secrets(serve, tmp_path):
     assert '"GET /dav/a%20b HTTP/1.1" 200 5' in got and "secret" not in log.read_text() and is_private(log)
 
 
-# ==== 31. Moving =========================================================================
+# ==== 32. Moving =========================================================================
 
 BOTH_ENGINES = of_sqlite("what moves goes from one engine to the other")
 
@@ -20253,7 +20255,7 @@ def test_many_files_move_with_clients_and_who_writes(serve, database_of, tmp_pat
     assert len(files) == MANY and run("verify", "--data", laptop.data).returncode == 0
 
 
-# ==== 32. Folder and sync client =========================================================
+# ==== 33. Folder and sync client =========================================================
 
 @pytest.mark.parametrize("lines, ignored, kept", [
     (["*.log"], ["a.log", "d/a.log"], ["a.log.txt", "log"]),
@@ -25199,7 +25201,7 @@ def test_nothing_is_noted_before_it_is_on_the_medium(small_chunks, laptop, cloud
         [cloud.files.delete(ann, (path,)) for path in list(tree(cloud, ann)) if "/" not in path]
 
 
-# ==== 36. Command line ===================================================================
+# ==== 37. Command line ===================================================================
 
 def env_of(words, env=None):
     """The environment of a program that is run with these words."""
@@ -25759,7 +25761,7 @@ def test_accounts_from_the_command_line(tmp_path):
     assert "bob" not in run("user", "list", *data).stdout
 
 
-# ==== 38. Visitor ========================================================================
+# ==== 39. Visitor ========================================================================
 
 def visitor_request(query, fields, *path):
     return cs.Request("GET", (("s", *path), False, query), cs.Envelope(fields=fields), Body())
@@ -25864,7 +25866,7 @@ def test_people_are_told_why_in_a_page_and_programs_in_a_document(kind, status, 
     assert json.loads(ask("*/*").body)["code"] == kind
 
 
-# ==== 40. Page ===========================================================================
+# ==== 41. Page ===========================================================================
 
 def test_the_browser_is_not_made_to_ask_for_a_password(call):
     assert call("GET", "/api/v1/account", user=None).headers["www-authenticate"].startswith("Basic")
