@@ -2260,8 +2260,8 @@ class Store:
         raise NotImplementedError
 
     def holds(self, name: str, data: bytes | memoryview) -> bool:
-        """Is an object whole, where it is kept, and are these its bytes?  A store elsewhere that sees to its bytes itself may go by
-        how many there are.  raises Away alone: what cannot be read is not whole"""
+        """Is an object whole, where it is kept, and are these its bytes?  They are read: what else a store tells of them, it noted
+        when they came.  raises Away alone: what cannot be read is not whole"""
         try:
             with self.get(name) as file:
                 return os.fstat(file.fileno()).st_size == len(data) and has_bytes(file, memoryview(data))
@@ -2312,7 +2312,7 @@ def has_bytes(file: BinaryIO, view: memoryview) -> bool:
 
 
 class Damaged(OSError):
-    """The bytes of an object that is elsewhere are not what its name says."""
+    """The bytes of an object that is elsewhere are not what its name says, or cannot be had, though others can."""
 
 
 class Away(OSError):
@@ -2740,7 +2740,10 @@ def storing() -> Iterator[None]:
 # 1. Four verbs and whole objects are all that is asked of an S3: names are never reused, so nothing has to be conditional.
 # 2. An object goes there with the SHA-256 of its bytes, which the other side compares with what it got.
 # 3. A copy is whole or not there, and counts only once its bytes were found to be what its name says.
-# 4. What cannot be asked now is Away, never missing.  Whatever an S3 answers is bounded, and believed for what it is asked alone.
+# 4. What cannot be asked now is Away, never missing.  Whatever an S3 answers is bounded, and believed for what it is asked alone;
+#    what does not answer as one does, such as a page of a proxy with 200, is none.
+# 5. What fails costs only what cannot be had without it: who may not write reads on, and one object that cannot be read is damaged.
+# 6. Size, ETag and checksum of a HEAD were noted when the bytes came: they prove nothing of today.  Only reading does.
 
 CONNECTIONS = 16                # to one S3, of each process; callers wait for one
 PATIENCE = 20                   # seconds that a request is tried again
@@ -2749,7 +2752,12 @@ CONNECT_TIME, ANSWER_TIME = 10, 30                       # seconds that a connec
 PAGE_KEYS = 1000                # names in one answer
 BUCKET_ROOM = 1 << 50           # bytes that go into a bucket, which tells nobody how many do
 KEY_FILE_LIMIT = 4 * KiB
-AGAIN = (429, 500, 502, 503, 504)                        # statuses after which the same may succeed
+TOLD = 120                      # seconds for which a trouble is told that nobody met again: it may be over
+AGAIN = (429, 500, 502, 503, 504)                        # statuses after which the same may succeed, and
+AGAIN_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch")         # what became of bytes on their way
+CROWDED = (429, 502, 503, 504)                           # statuses of one that answers nobody just now
+EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")
+WITNESSES, WITNESS_KEYS = 3, 100                         # other objects that are read before one is taken for damaged, out of so many
 SKEW_LEAST = 60                 # seconds that clocks differ before a refusal is blamed on that
 
 
@@ -2794,6 +2802,8 @@ def parse_location(text: str) -> Location:
     address += "" if port in (None, 443 if scheme == "https" else 80) else ":%d" % port
     region = re.fullmatch(r"s3[.-]([a-z0-9-]+)\.amazonaws\.com", host)
     prefix = unquote_to_bytes(url.path).decode("utf-8", "replace").strip("/")
+    if prefix and (not {"", ".", ".."}.isdisjoint(prefix.split("/")) or not prefix.isprintable()):
+        raise CloudError("bad-request", "the prefix of a bucket has no empty parts, nor . or .., nor what cannot be printed")
     return Location(bucket, scheme, address, prefix and prefix + "/", given.get("region") or (region[1] if region else "us-east-1"),
                     given.get("style") == "host")
 
@@ -2839,9 +2849,18 @@ def sign_request(keys: Keys, region: str, target: tuple[str, str, str], fields: 
 class S3Answer(NamedTuple):
     """What an S3 said."""
     status: int
-    date: str
-    length: int                  # bytes that were announced
+    fields: http.client.HTTPMessage
+    length: int                  # bytes that were announced; -1 if none were
     body: bytes                  # at most as many as were wanted, and one more
+
+    def answers(self, method: str, key: str) -> bool:
+        """Is it that of an S3 which did what was asked?  Each gives an ETag with an object that came or goes; and a HEAD without
+        a length is of no use."""
+        return 200 <= self.status < 300 and (not key or method == "DELETE" or "etag" in self.fields) and (method != "HEAD" or self.length >= 0)
+
+    def lacks(self, method: str, key: str) -> bool:
+        """Is it that there is no such key?"""
+        return bool(key) and self.status == 404 and self.code == ("" if method == "HEAD" else "NoSuchKey")
 
     @property
     def code(self) -> str:
@@ -2849,14 +2868,26 @@ class S3Answer(NamedTuple):
         found = re.search(rb"<Code>([A-Za-z]{1,64})</Code>", self.body)
         return found[1].decode() if found else ""
 
+    @property
+    def region(self) -> str:
+        """Of an error, where the bucket is, if that says so."""
+        found = re.search(r"[a-z0-9-]{1,64}", self.fields.get("x-amz-bucket-region") or "") or re.search(r"(?<=<Region>)[a-z0-9-]{1,64}(?=</Region>)", self.body.decode("utf-8", "replace"))
+        return found[0] if found and self.status >= 300 else ""
+
+
+class Trouble(NamedTuple):
+    """Why something was not done."""
+    sentence: str
+    at: float                    # monotonic
+
 
 class S3:
     """A bucket as HTTP shows it: requests are signed, and tried again while that can help."""
 
     def __init__(self, location: Location, keys: Keys) -> None:
         self.location, self._keys = location, keys
-        self.trouble: str | None = None          # what is wrong; None: nobody asked yet
-        self._paused = 0.0                       # until then nobody is asked
+        self.troubles: dict[str, Trouble] = {}   # of "reading", of "writing", or of "asking" anything at all
+        self._is_known = False                   # did anybody ask yet?
         self._skew = 0.0                         # seconds that its clock is ahead of ours
         host, kind = location.host, {}
         if location.scheme == "https":
@@ -2868,20 +2899,26 @@ class S3:
             self._pool.put(connect(self.host, timeout=CONNECT_TIME, **kind))
 
     def ask(self, method: str, key: str = "", query: str = "", data: bytes | memoryview = b"", hash: str = EMPTY, most: int = MiB) -> S3Answer:
-        """One request, about a key or the bucket.  raises Away; FileNotFoundError where there is no such key"""
-        pause, until = 0.1, time.monotonic() + (0 if self.trouble else PATIENCE)
-        if time.monotonic() < self._paused:
-            raise Away(self.trouble)
+        """One request, about a key or the bucket.
+
+        raises  Away; FileNotFoundError where there is no such key; Damaged where this object cannot be read, though others can
+        """
+        does = "reading" if method in ("GET", "HEAD") else "writing"
+        met = self.troubles.get("asking") or self.troubles.get(does)
+        pause, until = 0.1, time.monotonic() + (0 if met else PATIENCE)
+        if met and time.monotonic() < met.at + PAUSE:
+            raise Away(met.sentence)
         while True:
-            again = True
+            again, fails = True, "asking"
             try:
                 answer = self._exchange((method, self._path_of(key), query), data, hash, most)
-                if 200 <= answer.status < 300 or answer.status == 404 and key and answer.code == ("" if method == "HEAD" else "NoSuchKey"):
-                    self._note("")
+                if answer.answers(method, key) or answer.lacks(method, key):
+                    self._end(does)
                     if answer.status == 404:
                         raise FileNotFoundError(errno.ENOENT, "not in the bucket", key)
                     return answer
-                again, trouble = answer.status in AGAIN or answer.code == "RequestTimeout" or self._set_clock(answer), self._word(answer)
+                again, trouble = answer.status in AGAIN or answer.code in AGAIN_CODES or self._set_clock(answer), self._word(method, answer)
+                fails = fails if answer.status in CROWDED else does
             except FileNotFoundError:
                 raise
             except queue.Empty:
@@ -2890,31 +2927,85 @@ class S3:
                 again, trouble = False, "the certificate of %s cannot be verified: %s" % (self.host, error.verify_message)
             except (OSError, http.client.HTTPException) as error:
                 trouble = "cannot reach %s: %s" % (self.host, reason_of(error) or type(error).__name__)
+                fails = does if isinstance(error, http.client.IncompleteRead) else fails
             if not again or time.monotonic() + pause > until:
-                self._note(trouble)
+                if method == "GET" and again and fails == does and self._is_alone(key):
+                    log.error("objects: %s cannot be read, though others can: %s", key, trouble)
+                    raise Damaged(errno.EIO, "unreadable")
+                self._begin(fails, trouble)
                 raise Away(trouble)
             time.sleep(pause * (500 + secrets.randbelow(500)) / 1000)
             pause = min(4, 2 * pause)
 
-    def _note(self, trouble: str) -> None:
-        """Remember, and say once, what is wrong, or that nothing is any more; whoever begins says it himself."""
-        if self.trouble is not None and bool(trouble) != bool(self.trouble):
-            log.log(logging.ERROR if trouble else logging.INFO, "objects: %s", trouble or self.host + " answers again")
-        self.trouble, self._paused = trouble, time.monotonic() + PAUSE if trouble else 0.0
+    def _is_alone(self, key: str) -> bool:
+        """Of an object that cannot be read: can others?  Else nobody knows.  Whose bucket it is lies where no engine keeps what is
+        large, so that is asked only if nothing else is there.  raises Away"""
+        if not key or key == CLOUD_ID:
+            return False
+        found = {other for prefix in (secrets.choice(SHARDS), "") for other in itertools.islice(self.keys(prefix, WITNESS_KEYS), WITNESS_KEYS)} - {key}
+        others = sorted(found - {CLOUD_ID} or found)
+        return any(map(self._can_read, secrets.SystemRandom().sample(others, min(WITNESSES, len(others)))))
+
+    def _can_read(self, key: str) -> bool:
+        try:
+            return self._exchange(("GET", self._path_of(key), ""), b"", EMPTY, CHUNK_LIMIT).answers("GET", key)
+        except (OSError, http.client.HTTPException, queue.Empty):
+            return False
+
+    def _begin(self, what: str, sentence: str) -> None:
+        """Remember, and say once, what is wrong; whoever begins says it himself."""
+        if self._is_known and what not in self.troubles:
+            log.error("objects: %s", sentence)
+        self._is_known = True
+        self.troubles[what] = Trouble(sentence, time.monotonic())
+
+    def _end(self, does: str) -> None:
+        """It was done, so nothing is wrong with that any more."""
+        self._is_known = True
+        ended = [what for what in ("asking", does) if self.troubles.pop(what, None)]
+        if ended:
+            log.info("objects: %s answers again", self.host)
+
+    def keys(self, prefix: str, page: int = PAGE_KEYS) -> Iterator[str]:
+        """Those that begin so, behind the prefix of all; from page to page.  raises Away"""
+        above, token = self.location.prefix, ""
+        while True:
+            query = {"list-type": "2", "max-keys": str(page), "prefix": above + prefix, **({"continuation-token": token} if token else {})}
+            answer = self.ask("GET", query=urlencode(sorted(query.items()), quote_via=quote, safe=""))
+            try:
+                top, *found = [(element.tag.rpartition("}")[2], element.text or "") for element in read_xml(answer.body).iter()]
+            except CloudError:
+                top, found = ("", ""), []
+            if top[0] != "ListBucketResult":
+                raise Away("%s does not answer as an S3" % self.host)
+            yield from (text[len(above):] for tag, text in found if tag == "Key" and text.startswith(above))
+            before, token = token, next((text for tag, text in found if tag == "NextContinuationToken"), "")
+            if not token or ("IsTruncated", "true") not in found:
+                return
+            if token == before:
+                raise Away("%s lists without end" % self.host)
 
     def _path_of(self, key: str) -> str:
         return ("/" if self.location.is_virtual else "/%s/" % self.location.bucket) + quote(self.location.prefix + key if key else "")
 
-    def _word(self, answer: S3Answer) -> str:
+    def _word(self, method: str, answer: S3Answer) -> str:
         bucket = "bucket %s at %s" % (self.location.bucket, self.location.host)
         if answer.code == "NoSuchBucket" or answer.status == 404:
             return "there is no " + bucket
-        said = "%d %s" % (answer.status, answer.code or HTTPStatus(answer.status).phrase if answer.status in list(HTTPStatus) else "")
-        return ("%s does not let us in with these keys (%s)" if answer.status == 403 else "%s answers %s") % (bucket, said.strip())
+        if 200 <= answer.status < 300:
+            return "%s does not answer as an S3" % self.location.host
+        said = ("%d %s" % (answer.status, answer.code or HTTPStatus(answer.status).phrase if answer.status in list(HTTPStatus) else "")).strip()
+        if answer.code in EXPIRED:
+            return "the keys for %s have expired (%s); start with new ones" % (bucket, said)
+        if answer.region and answer.region != self.location.region:
+            return "%s is in the region %s, not %s (%s); name its host there, or put ?region=%s behind its address" % (
+                bucket, answer.region, self.location.region, said, answer.region)
+        does = "lets nothing be written" if method in ("PUT", "DELETE") and answer.code == "AccessDenied" else "does not let us in"
+        return "%s %s with these keys (%s)" % (bucket, does, said) if answer.status == 403 else "%s answers %s" % (bucket, said)
 
     def _set_clock(self, answer: S3Answer) -> bool:
         """Was it refused because our clocks differ?  Then they do not any more."""
-        theirs = parse_http_date(answer.date) if answer.status == 403 else None
+        theirs = parse_http_date(answer.fields.get("date") or "") if answer.status == 403 else None
         if theirs is None or abs(theirs / 1000 - time.time() - self._skew) < SKEW_LEAST:
             return False
         self._skew = theirs / 1000 - time.time()
@@ -2958,7 +3049,7 @@ class S3:
             connection.close()
         if 0 <= length <= most and method != "HEAD" and len(body) < length:
             raise http.client.IncompleteRead(body)
-        return S3Answer(response.status, response.getheader("date") or "", length, body)
+        return S3Answer(response.status, response.headers, length, body)
 
 
 def send_pieces(connection: http.client.HTTPConnection, view: memoryview) -> None:
@@ -2980,7 +3071,7 @@ class Cache:
         place = self.home / name
         try:
             file = open(os.open(place, os.O_RDONLY | O_EXTRA), "rb", buffering=0)
-        except FileNotFoundError:
+        except OSError:                          # there is none, or what is here cannot be read now: it is elsewhere, too
             return None
         about = os.fstat(file.fileno())
         if time.time() - about.st_atime > 60:
@@ -3106,7 +3197,7 @@ class Bucket(Store):
         file = self._cache.open(name)
         if file is None:
             return False
-        with file:
+        with file, suppress(OSError):            # the disk here fails
             about = os.fstat(file.fileno())
             if hash_file(file) == name[:64]:
                 Blobs.whole.add(name, about)
@@ -3131,8 +3222,10 @@ class Bucket(Store):
 
     def holds(self, name: str, data: bytes | memoryview) -> bool:
         try:
-            return self.size(name) == len(data)
-        except FileNotFoundError:
+            return self.read(name) == bytes(data)            # a view compares one by one
+        except Away:
+            raise
+        except OSError:
             return False
 
     def size(self, name: str) -> int:
@@ -3140,7 +3233,7 @@ class Bucket(Store):
         try:
             return self.s3.ask("HEAD", key).length
         except FileNotFoundError:                # a HEAD cannot say of what there is none: it may be the bucket, or all that is behind a proxy
-            if next(self._keys(key, 1), None) is not None:
+            if next(self.s3.keys(key, 1), None) is not None:
                 raise Away("%s has an object and has it not" % self.s3.host) from None
             raise
 
@@ -3158,27 +3251,10 @@ class Bucket(Store):
             self._cache.drop(name)
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        for key in self._keys(prefix if len(prefix) < 3 else prefix[:2] + "/" + prefix):
+        for key in self.s3.keys(prefix if len(prefix) < 3 else prefix[:2] + "/" + prefix):
             name = key.rpartition("/")[2]
             if OBJECT.fullmatch(name) and key == self._key(name) and name.startswith(prefix):
                 yield name
-
-    def _keys(self, prefix: str, page: int = PAGE_KEYS) -> Iterator[str]:
-        """Keys that begin so, behind the prefix of all; from page to page."""
-        above, token = self.s3.location.prefix, ""
-        while True:
-            query = {"list-type": "2", "max-keys": str(page), "prefix": above + prefix, **({"continuation-token": token} if token else {})}
-            answer = self.s3.ask("GET", query=urlencode(sorted(query.items()), quote_via=quote, safe=""))
-            try:
-                found = [(element.tag.rpartition("}")[2], element.text or "") for element in read_xml(answer.body).iter()]
-            except CloudError:
-                raise Away("%s does not answer as an S3" % self.s3.host) from None
-            yield from (text[len(above):] for tag, text in found if tag == "Key" and text.startswith(above))
-            before, token = token, next((text for tag, text in found if tag == "NextContinuationToken"), "")
-            if not token or ("IsTruncated", "true") not in found:
-                return
-            if token == before:
-                raise Away("%s lists without end" % self.s3.host)
 
     def owner(self) -> str:
         try:
@@ -3190,13 +3266,13 @@ class Bucket(Store):
         self.s3.ask("PUT", CLOUD_ID, data=id.encode(), hash=hashlib.sha256(id.encode()).hexdigest())
 
     def is_vacant(self) -> bool:
-        return next(self._keys("", 1), None) is None
+        return next(self.s3.keys("", 1), None) is None
 
     def room(self) -> tuple[int, int]:
         return BUCKET_ROOM, BUCKET_ROOM
 
     def trouble(self) -> str:
-        return self.s3.trouble or ""
+        return next((met.sentence for met in list(self.s3.troubles.values()) if time.monotonic() < met.at + TOLD), "")
 
 
 # ==== 8. Database ========================================================================

@@ -1529,6 +1529,16 @@ def size_of(store, name):
         return os.fstat(file.fileno()).st_size
 
 
+def overwrite(store, request, name, data):
+    """What becomes of an object where it is kept, behind the back of the store."""
+    kind = request.node.callspec.params["store"]
+    if kind == "s3":
+        request.getfixturevalue("s3").objects["some/where/%s/%s" % (name[:2], name)] = data
+    else:
+        home = store.home if kind == "directory" else GATEWAYS[store.s3.location.host] / store.s3.location.bucket / store.s3.location.prefix
+        (home / name[:2] / name).write_bytes(data)
+
+
 class TestStore:
     """What cs.Store promises, of every store."""
 
@@ -1608,13 +1618,22 @@ class TestStore:
             with pytest.raises(FileNotFoundError):
                 store.size(name)
 
-    def test_whether_it_holds_bytes_is_told_as_far_as_it_looks(self, store, data=random_bytes(600_000)):
+    def test_whether_it_holds_bytes_is_told_of_all_of_them(self, store, data=random_bytes(600_000)):
         store.put(object_name(data), data), store.put(object_name(b""), b"")
         assert store.holds(object_name(data), data) and store.holds(object_name(data), memoryview(bytearray(data))) and store.holds(object_name(b""), b"")
         assert not any(store.holds(name, data) for name in (object_name(b"a"), object_name(b""), "../" + object_name(data)))
         assert not any(store.holds(object_name(data), other) for other in (data[:-1], data + b"x", b""))
         for other in (data[:-1] + bytes([data[-1] ^ 1]), damaged(data), bytes([data[0] ^ 1]) + data[1:]):
-            assert store.holds(object_name(data), other) == store.is_far
+            assert not store.holds(object_name(data), other)
+
+    def test_whether_it_holds_bytes_is_told_of_where_they_are_kept(self, store, request, data=random_bytes(600_000)):
+        """Not of a copy, nor by what was noted when they came."""
+        store.put(object_name(data), data)
+        for rots in (damaged(data), data[:-1]):
+            overwrite(store, request, object_name(data), rots)
+            assert not store.holds(object_name(data), data)
+        overwrite(store, request, object_name(data), data)
+        assert store.holds(object_name(data), data)
 
     def test_what_is_near_is_what_would_be_fetched(self, store):
         data = random_bytes(100_000)
@@ -1920,13 +1939,15 @@ S3_KEYS = cs.Keys("AKIDEXAMPLE", "not/so+secret")
 class FakeS3(http.server.ThreadingHTTPServer):
     """An S3 with one bucket, in memory.  It believes nobody: signatures and hashes are checked as they are published, by code of its own.
 
-    faults  what happens to the next requests: a status; "reset", "cut", "wrong", "endless"; or a function that is called first
+    faults  what happens to the next requests: a status, or (status, body); "reset", "cut", "wrong", "endless"; "page", if something before it
+            answers 200 to all; "mute", without a length; or a function that is called first
+    rotten  keys of objects that it cannot read any more
     """
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), FakeS3Handler)
-        self.objects, self.faults, self.asked = {}, deque(), []
+        self.objects, self.faults, self.asked, self.rotten = {}, deque(), [], set()
         self.bucket, self.page, self.ahead, self.readonly, self.hosts, self.peers = "bucket", 1000, 0, False, set(), set()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -1961,14 +1982,20 @@ class FakeS3Handler(http.server.BaseHTTPRequestHandler):
         if fault == "reset":
             self.close_connection = True
             return
+        fault, is_page = (200, b"<html><body>Welcome</body></html>") if fault == "page" else fault, fault == "page"
         status, answer = fault if isinstance(fault, tuple) else (fault, b"") if isinstance(fault, int) else self.answer(path, query, body)
         if status >= 400 and not answer:
             answer = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>no</Message></Error>" % {503: b"SlowDown"}.get(status, b"Oops")
         if fault == "wrong":
             answer = damaged(answer)
         self.send_response_only(status)
+        if status == 200 and not is_page and self.command != "DELETE" and not query:
+            self.send_header("ETag", '"%s"' % hashlib.md5(answer).hexdigest())
         self.send_header("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + server.ahead)))
-        self.send_header("Content-Length", 1 << 40 if fault == "endless" else len(answer))
+        if fault == "mute":
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", 1 << 40 if fault == "endless" else len(answer))
         self.end_headers()
         try:
             self.wfile.write(b"" if self.command == "HEAD" else answer[:len(answer) // 2] if fault == "cut" else answer)
@@ -2004,6 +2031,8 @@ class FakeS3Handler(http.server.BaseHTTPRequestHandler):
             return 200, self.page(asks)
         elif key not in server.objects:
             return 404, b"<Error><Code>NoSuchKey</Code></Error>"
+        elif self.command == "GET" and key in server.rotten:
+            return 500, b"<Error><Code>InternalError</Code></Error>"
         return 200, b"" if self.command == "PUT" else server.objects[key]
 
     def page(self, asks):
@@ -2039,6 +2068,12 @@ class FakeS3Handler(http.server.BaseHTTPRequestHandler):
         mac = lambda key, text: hmac.new(key, text.encode(), hashlib.sha256).digest()
         signing = mac(mac(mac(mac(b"AWS4" + S3_KEYS.secret.encode(), day), region), "s3"), "aws4_request")
         return None if mac(signing, to_sign).hex() == signature else "SignatureDoesNotMatch"
+
+
+def let_ask(store):
+    """Nobody waits any more until a bucket that did not answer is asked again."""
+    for what, met in store.s3.troubles.items():
+        store.s3.troubles[what] = met._replace(at=met.at - cs.PAUSE)
 
 
 @pytest.fixture
@@ -2101,7 +2136,7 @@ def test_requests_are_signed_as_in_the_published_examples(method, path, query, f
     ("s3://bucket@example.com?scheme=http&style=path", ("bucket", "http", "example.com", "", "us-east-1", False)),
     *[(text, "bad-request") for text in (
         "s3://example.com/x", "s3://bucket@", "s3://b:secret@example.com", "s3://bucket@example.com:x", "s3://bucket@example.com?regoin=x", "s3://bucket@example.com?region=",
-        "s3://bucket@example.com?region=a=b", "s3://bucket@example.com#x", "s3://Bucket@example.com", "s3://a/b@example.com", "s3://bucket@example.com?x")]])
+        "s3://bucket@example.com/a/../b", "s3://bucket@example.com/a//b", "s3://bucket@example.com/%2e/b", "s3://bucket@example.com/a%0Ab", "s3://bucket@example.com?region=a=b", "s3://bucket@example.com#x", "s3://Bucket@example.com", "s3://a/b@example.com", "s3://bucket@example.com?x")]])
 def test_a_bucket_is_named_by_an_address(text, want):
     assert outcome(cs.parse_location, text) == want
 
@@ -2156,7 +2191,7 @@ def test_a_bucket_is_listed_in_pages_and_what_is_not_ours_is_not_seen(s3, tmp_pa
         assert sorted(store.list(prefix)) == sorted(name for name in names if name.startswith(prefix))
 
 
-@pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, "reset", "cut", (400, b"<Error><Code>RequestTimeout</Code></Error>")])
+@pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, "reset", "cut", *[(400, b"<Error><Code>%s</Code></Error>" % code) for code in (b"RequestTimeout", b"BadDigest")]])
 def test_what_fails_once_or_twice_is_tried_again(s3, tmp_path, monkeypatch, fault):
     store, data, pauses = s3.store(tmp_path), random_bytes(300_000), []
     monkeypatch.setattr(cs.time, "sleep", pauses.append)
@@ -2184,18 +2219,20 @@ def test_who_does_not_answer_is_away_and_left_alone_for_a_while(s3, tmp_path, mo
             verb(object_name(b"a"))
     with store.get(object_name(b"a")) as file:   # a copy is here
         assert file.read() == b"a" and len(s3.asked) == asked
-    monkeypatch.setattr(store.s3, "_paused", 0)
+    let_ask(store)
     with pytest.raises(cs.Away):
         store.has(object_name(b"a"))
     assert len(s3.asked) == asked + 1            # once, as long as it is away
     s3.faults.clear()
-    monkeypatch.setattr(store.s3, "_paused", 0)
+    let_ask(store)
     assert store.has(object_name(b"a")) and not store.trouble()
 
 
 @pytest.mark.parametrize("how, says", [
     ("keys", "does not let us in with these keys (403 InvalidAccessKeyId)"), ("secret", "403 SignatureDoesNotMatch"), ("bucket", "there is no bucket bucket at"),
-    ("moved", "answers 301"), ("strange", "answers 999"), ("gone", "cannot reach")])
+    ("moved", "answers 301"), ("strange", "answers 999"), ("gone", "cannot reach"), ("page", "does not answer as an S3"),
+    ((400, b"<Error><Code>ExpiredToken</Code></Error>"), "the keys for bucket bucket at 127.0.0.1"), ((400, b"<Error><Code>AuthorizationHeaderMalformed</Code>"
+    b"<Region>eu-north-1</Region></Error>"), "is in the region eu-north-1, not us-east-1 (400 AuthorizationHeaderMalformed)")])
 def test_what_no_patience_helps_against_is_said_in_a_sentence(s3, tmp_path, monkeypatch, caplog, how, says):
     if how in ("keys", "secret"):
         monkeypatch.setattr(sys.modules[__name__], "S3_KEYS", S3_KEYS._replace(**{"keys": {"id": "another"}, "secret": {"secret": "sesame"}}[how]))
@@ -2205,8 +2242,8 @@ def test_what_no_patience_helps_against_is_said_in_a_sentence(s3, tmp_path, monk
         store = s3.store(tmp_path)
     if how == "bucket":
         s3.bucket = "another"
-    if how in ("moved", "strange"):
-        s3.faults.append({"moved": 301, "strange": 999}[how])
+    if how in ("moved", "strange", "page") or isinstance(how, tuple):
+        s3.faults.append({"moved": 301, "strange": 999}.get(how, how))
     if how == "gone":
         monkeypatch.setattr(cs, "PATIENCE", 0)
         s3.shutdown(), s3.server_close()
@@ -2217,25 +2254,25 @@ def test_what_no_patience_helps_against_is_said_in_a_sentence(s3, tmp_path, monk
     assert not any(secret in caplog.text + str(caught.value) for secret in ("sesame", S3_KEYS.secret, "Signature="))
 
 
-@pytest.mark.parametrize("how", ["another bucket", "a page", "nothing"])
-@pytest.mark.parametrize("verb", ["put", "get", "near", "has", "size", "delete", "list", "owner", "own", "is_vacant"])
-def test_that_there_is_nothing_is_believed_of_whoever_has_the_bucket_alone(s3, tmp_path, verb, how):
-    """Or all that is kept would be taken for lost where an address leads astray."""
+@pytest.mark.parametrize("verb, how", [*itertools.product(["put", "get", "near", "has", "holds", "size", "delete", "list", "owner", "own", "is_vacant"],
+                                                          ["another bucket", "a page", "nothing", "a page for all"]), ("has", "mute"), ("size", "mute")])
+def test_that_there_is_nothing_or_all_was_done_is_believed_of_whoever_has_the_bucket_alone(s3, tmp_path, verb, how):
+    """Or all that is kept would be taken for lost, or for stored, where an address leads astray."""
     store, name = s3.store(tmp_path), object_name(b"a")
     assert store.has(name) is False and store.owner() == "" and store.delete(name) is None
     store.put(name, b"a"), store.forget(name)
     if how == "another bucket":
         s3.bucket = "another"
     else:
-        s3.faults.extend([(404, {"a page": b"<html><body>404 Not Found</body></html>", "nothing": b" "}[how])] * 9)
+        s3.faults.extend([{"a page": (404, b"<html><body>404 Not Found</body></html>"), "nothing": (404, b" "), "a page for all": "page"}.get(how, how)] * 9)
     before = dict(s3.objects)
     try:
         got = {"put": lambda: store.put(object_name(b"b"), b"b"), "list": lambda: list(store.list()), "own": lambda: store.own("x"), "owner": store.owner,
-               "is_vacant": store.is_vacant}.get(verb, lambda: getattr(store, verb)(name))()
+               "is_vacant": store.is_vacant, "holds": lambda: store.holds(name, b"a")}.get(verb, lambda: getattr(store, verb)(name))()
     except OSError as error:
         assert type(error) is cs.Away, error
     else:
-        assert verb == "near" and got is None, got       # which asks nobody
+        assert got is None and (verb == "near" or verb == "delete" and "for all" in how), got        # that asks nobody; this is asked for again, once it is listed
     assert s3.objects == before
 
 
@@ -2253,6 +2290,52 @@ def test_a_refusal_at_the_right_time_is_not_asked_for_again(s3, tmp_path):
     with pytest.raises(cs.Away):
         store.put(object_name(b"a"), b"a")
     assert len(s3.asked) == 1
+
+
+@pytest.mark.parametrize("fault", [403, 507, 500, (400, b"<Error><Code>QuotaExceeded</Code></Error>")])
+def test_who_may_not_write_reads_on(s3, tmp_path, monkeypatch, fault):
+    """... and the other way round; the trouble is told until it is over, or was not met for a while."""
+    monkeypatch.setattr(cs, "PATIENCE", 0)
+    store, now = s3.store(tmp_path), [time.monotonic()]
+    store.put(object_name(b"a"), b"a"), store.put(object_name(b"b"), b"b"), store.forget(object_name(b"a"))
+    monkeypatch.setattr(cs.time, "monotonic", lambda: now[0])
+    s3.faults.append(fault)
+    for _ in range(2):
+        with pytest.raises(cs.Away):
+            store.put(object_name(b"c"), b"c")
+        assert store.owner() == "" and store.size(object_name(b"a")) == 1 and store.get(object_name(b"a")).read() == b"a" and len(list(store.list())) == 2
+    assert store.trouble() and not s3.faults
+    now[0] += cs.PAUSE
+    store.put(object_name(b"c"), b"c")
+    assert not store.trouble()
+    s3.faults.append(fault)
+    with pytest.raises(cs.Away):
+        store.owner()
+    store.put(object_name(b"d"), b"d"), store.delete(object_name(b"d"))
+    assert store.trouble()
+    now[0] += cs.TOLD
+    assert not store.trouble()
+
+
+@pytest.mark.parametrize("rots, want", [("one", cs.Damaged), ("all but one", cs.Damaged), ("all", cs.Away), ("the only one", cs.Damaged)])
+def test_an_object_that_cannot_be_read_though_others_can_is_damaged(s3, tmp_path, monkeypatch, rots, want):
+    """SeaweedFS answers so: 500, each time, though size and ETag are told as ever.  Where nothing can be read, nobody knows."""
+    monkeypatch.setattr(cs, "PATIENCE", 0)
+    store, parts = s3.store(tmp_path), [random_bytes(100) for _ in range(1 if "only" in rots else 3)]
+    store.own("x")
+    for part in parts:
+        store.put(object_name(part), part), store.forget(object_name(part))
+    name = object_name(parts[0])
+    s3.rotten = {key for key in s3.objects if key.endswith(name) or "all" in rots and not key.endswith((object_name(parts[-1]) if "but" in rots else "?", "cloud-id"))}
+    for verb in store.read, store.get:
+        with pytest.raises(OSError) as caught:
+            verb(name)
+        assert type(caught.value) is want and bool(store.trouble()) == (want is cs.Away)
+        store.s3.troubles.clear()
+    if want is cs.Damaged:
+        assert cs.read_object(store, name, name[:64]) == (b"", "unreadable") and not store.holds(name, parts[0]) and store.owner() == "x"
+        store.put(object_name(parts[0], "b2"), parts[0])
+        assert store.holds(object_name(parts[0], "b2"), parts[0])
 
 
 def test_a_connection_is_used_again_whatever_was_asked(s3, tmp_path):
@@ -2284,7 +2367,7 @@ def test_a_connection_that_was_closed_meanwhile_costs_nothing(s3, tmp_path):
     for connection in list(store.s3._pool.queue):
         if connection.sock is not None:
             connection.sock.shutdown(socket.SHUT_RDWR)
-    store.s3._paused, store.s3.trouble = 0, "one try only"
+    store.s3.troubles["asking"] = cs.Trouble("one try only", time.monotonic() - cs.PAUSE)
     assert store.has(object_name(b"a")) and store.trouble() == ""
 
 
@@ -2301,8 +2384,8 @@ def test_wrong_bytes_are_damage_and_no_copy_of_them_is_kept(s3, tmp_path, fault)
 
 
 @pytest.mark.parametrize("answer", [
-    b"<!DOCTYPE x [<!ENTITY a 'aaaa'>]><x>&a;</x>", b"<ListBucketResult>", b"hello", b"<a>" * 1000, b"<x>" + b"<y/>" * 100_000 + b"</x>", b"",
-    b"<x><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken></x>"])
+    b"<!DOCTYPE x [<!ENTITY a 'aaaa'>]><x>&a;</x>", b"<ListBucketResult>", b"hello", b"<Error><Code>InternalError</Code></Error>", b"<html><body/></html>", b"<a>" * 1000, b"<x>" + b"<y/>" * 100_000 + b"</x>", b"",
+    b"<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken></ListBucketResult>"])
 def test_a_list_that_is_none_or_has_no_end_is_refused(s3, tmp_path, answer):
     store = s3.store(tmp_path)
     s3.faults.extend([(200, answer)] * 10)
@@ -2376,6 +2459,38 @@ def test_a_copy_that_is_damaged_is_fetched_anew(s3, tmp_path, monkeypatch):
     assert len(s3.asked) == 3
     monkeypatch.setattr(cs.Blobs, "whole", cs.Whole())       # as after a start
     assert store.near(object_name(data)) is None and store.get(object_name(data)).read() == data and len(s3.asked) == 3
+
+
+def no_hashes(monkeypatch, home, place):
+    """The disk fails, once, while a copy is read."""
+    really, fails = cs.hash_file, iter([OSError(errno.EIO, "no")])
+
+    def hash_file(file):
+        for error in fails:
+            raise error
+        return really(file)
+    monkeypatch.setattr(cs.Blobs, "whole", cs.Whole())
+    monkeypatch.setattr(cs, "hash_file", hash_file)
+
+
+CACHE_TROUBLES = {  # what becomes of the directory of copies, or of a copy
+    "gone": lambda monkeypatch, home, place: shutil.rmtree(home), "a file": lambda monkeypatch, home, place: (shutil.rmtree(home), home.write_bytes(b"x")),
+    "a directory in its place": lambda monkeypatch, home, place: (place.unlink(), place.mkdir()), "a disk that fails": no_hashes,
+    "no way in": lambda monkeypatch, home, place: monkeypatch.setattr(os, "open", Refuses(os.open, PermissionError(errno.EACCES, "no"), only=lambda path, *_: home in Path(path).parents)),
+    "read only": lambda monkeypatch, home, place: (place.unlink(), monkeypatch.setattr(cs, "put_file", Refuses(cs.put_file, OSError(errno.EROFS, "no"))))}
+
+
+@pytest.mark.parametrize("how", CACHE_TROUBLES)
+def test_whatever_becomes_of_copies_keeps_nobody_from_what_is_elsewhere(s3, tmp_path, monkeypatch, how):
+    store, data, more = s3.store(tmp_path / "copies"), random_bytes(1000), random_bytes(1000)
+    store.put(object_name(data), data)
+    CACHE_TROUBLES[how](monkeypatch, tmp_path / "copies", tmp_path / "copies" / object_name(data))
+    for _ in range(2):
+        assert store.get(object_name(data)).read() == data
+    store.put(object_name(more), more)
+    assert store.get(object_name(more)).read() == more and store.holds(object_name(data), data) and not store.trouble()
+    store.forget(object_name(data)), store.delete(object_name(data))
+    assert not store.has(object_name(data))
 
 
 def test_copies_keep_to_their_limit_and_who_was_used_longest_ago_goes_first(s3, tmp_path):
@@ -17721,11 +17836,11 @@ ROWS = {  # name: what becomes of a row
     "": "", "found": "UPDATE chunk SET bad = 7 WHERE hash = ?", "given up": "UPDATE chunk SET condemned = 7 WHERE hash = ?"}
 
 
-def is_noticed(door, hurt, row, far):
-    """A bucket sees to its bytes itself: only how many there are is looked at.  Nor is more looked at where no bytes come, but a name."""
+def is_noticed(door, hurt, row):
+    """Where no bytes come, but a name, only how many there are is looked at."""
     if door == "import":
         return hurt != "a byte" and row != "given up" or row == "found"
-    return hurt != "a byte" or row or "another" in door or "some" in door or door != "asked for" and not far
+    return hurt != "a byte" or row or door != "asked for"
 
 
 @pytest.mark.parametrize("objects", [pytest.param("", marks=of_directory("and about one")), "gateway"])
@@ -17741,7 +17856,7 @@ def test_who_sends_again_what_is_damaged_has_it_whole_then_and_all_who_refer_to_
     kept = {}
     for count, (hurt, row) in enumerate(itertools.product([*HURT, "in its row"], ROWS)):
         data, path = random_bytes(70_000 if hurt in HURT else 70), "f%d" % count
-        if not is_noticed(door, hurt, row, objects):
+        if not is_noticed(door, hurt, row):
             continue
         put(cloud, ann, path, data), put(cloud, bob, "bobs " + path, data)
         hash, name = chunk(data)[0], cloud.db.read("SELECT object FROM chunk WHERE hash = ?", chunk(data)[:1])[0][0]
@@ -19214,6 +19329,28 @@ def test_repair_and_verify_look_at_what_is_there_and_not_at_copies(far, tmp_path
     assert cs.heal(far, healings) == 1 and cs.verify(far) == [] and get(far, ann, "a") == data
 
 
+@pytest.mark.parametrize("met", [True, False])
+def test_one_object_that_cannot_be_read_costs_only_itself(s3, keys_in, make_cloud, tmp_path, monkeypatch, met):
+    """R25, R26: neither what else is there, nor a backup; and who has the bytes heals it, whether or not somebody met the damage before."""
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    monkeypatch.setattr(cs, "PATIENCE", 0)
+    cloud = make_cloud(objects=s3.url)
+    cs.settle(cloud)
+    ann, data = account(cloud), {name: random_bytes(100_000) for name in "abc"}
+    for name, content in data.items():
+        put(cloud, ann, name, content)
+    for name in cloud.blobs.store.list():
+        cloud.blobs.store.forget(name)
+    s3.rotten = {key for key in s3.objects if hashlib.sha256(data["a"]).hexdigest() in key}
+    if met:
+        assert outcome(get, cloud, ann, "a") == "storage-failed" and cloud.numbers()["bad_chunks"] == 1
+        assert cs.verify(cloud) == ["ann: a: a part is unreadable"]
+        assert cs.back_up(cloud, tmp_path / "backup") == (2, 200_000, ["ann: a: a part is unreadable"])
+    assert get(cloud, ann, "b") == data["b"] and cloud.health() == "ok"
+    put(cloud, ann, "again", data["a"])
+    assert get(cloud, ann, "a") == data["a"] and cs.verify(cloud) == [] and cs.back_up(cloud, tmp_path / "backup")[2] == []
+
+
 def test_room_is_looked_for_where_objects_are(far, monkeypatch):
     """A small disk for the database bounds no upload; one that is full takes none."""
     ann, usage, home = account(far), cs.shutil.disk_usage(far.config.data), getattr(far.blobs.store, "home", None)
@@ -19240,7 +19377,7 @@ def test_doctor_tries_what_is_elsewhere(far, s3, capsys, here):
 
 
 @pytest.mark.parametrize("trouble, says", [
-    ("bucket", "there is no bucket bucket at 127.0.0.1"), ("keys", "does not let us in with these keys"), ("readonly", "does not let us in"), ("gone", "cannot reach"),
+    ("bucket", "there is no bucket bucket at 127.0.0.1"), ("keys", "does not let us in with these keys"), ("readonly", "lets nothing be written"), ("gone", "cannot reach"),
     ("another", "holds the objects of another cloud"), ("full", "holds something else")])
 def test_a_server_whose_bucket_cannot_be_used_says_so_and_ends(s3, tmp_path, keys_in, monkeypatch, trouble, says):
     keys_in(S3_KEYS.id, "another" if trouble == "keys" else S3_KEYS.secret)
@@ -19295,7 +19432,7 @@ def test_while_a_bucket_is_away_what_is_here_goes_on(s3, keys_in, make_cloud, se
         assert outcome(verb) == "busy"
     assert cloud.db.read("SELECT count(*) FROM chunk WHERE bad IS NOT NULL") == [(0,)]
     s3.faults.clear()
-    cloud.blobs.store.s3._paused = 0
+    let_ask(cloud.blobs.store)
     cs.check_store(cloud)
     assert call("GET", "/healthz").body == b"ok\n" and len(call("GET", "/dav/there").body) == 100_000
     assert call("PUT", "/dav/new", random_bytes(100_000)).status == 201 and cs.verify(cloud) == []
