@@ -443,6 +443,7 @@ class LockInfo(NamedTuple):
     exclusive: bool
     owner: str                   # the client's XML
     seconds: int
+    personal: bool = False       # see Lock
 
 
 class Lock(NamedTuple):
@@ -457,6 +458,14 @@ class Lock(NamedTuple):
     seconds: int                 # granted
     due: int                     # ends then, steady ms
     name: str | None = None      # of whose account it is; None: a visitor's, or not asked for
+
+    @property
+    def personal(self) -> bool:
+        """Is it in the way of others alone?  All devices of its account write without naming the token."""
+        return self.token.startswith(PERSONAL_LOCK)
+
+
+PERSONAL_LOCK = "urn:cloudserver:lock:"          # the tokens of all others are urn:uuid:
 
 
 # ==== 2. Errors ==========================================================================
@@ -1036,6 +1045,7 @@ def parse_ranges(text: str, size: int) -> list[tuple[int, int]] | None:
 
 # ---- fields of WebDAV (RFC 4918 s10)
 
+_TOKEN_IN_TOKEN = "^opaquelocktoken:(?=urn:)"     # Nextcloud's desktop client puts this before whatever nc:lock-token says
 _BARE_TOKEN = r"(?:urn:uuid|opaquelocktoken):[0-9A-Za-z:.\-]{1,256}"         # webdav 5 for JavaScript, to refresh a lock
 _IF_PART = re.compile(r'\s*(?:<([^<>"\x00-\x1f]{1,4096})>|(\()|(\))|(Not)(?=[\s<\[])|\[((?:W/)?"[^"\s]{0,256}")\])', re.I)
 
@@ -1107,7 +1117,7 @@ def parse_if(text: str) -> tuple[tuple[str | None, tuple[tuple[bool, str, str], 
         elif negated and wanted:
             wanted = False
         elif uri or etag:
-            current.append((wanted, "token", uri) if uri else (wanted, "etag", etag.strip('"')))
+            current.append((wanted, "token", re.sub(_TOKEN_IN_TOKEN, "", uri)) if uri else (wanted, "etag", etag.strip('"')))
             wanted = True
         else:
             raise CloudError("bad-request", "malformed If")
@@ -8932,7 +8942,7 @@ class Locks:
             held += [lock for lock in locks if lock.node == place.parent and not lock.deep]
         if below and place.node:
             held += [lock for lock in self._below(place, {place.node.node}) if lock not in held]
-        mine = {lock.token for lock in held if lock.account == who.person and lock.token in given.tokens}
+        mine = {lock.token for lock in held if lock.account == who.person and (lock.personal or lock.token in given.tokens)}
         shared = {lock.node for lock in held if not lock.exclusive and lock.token in mine}
         for lock in held:
             if lock.token not in mine and (lock.exclusive or lock.node not in shared):
@@ -10965,6 +10975,29 @@ class Locking:
         views = {node.node: view._replace(rights=stand(node).rights, whole=view.whole and node.home == view.home) for node, _ in found}
         return {node.node: [(lock, may_end(lock, views[node.node])) for lock in locks] for node, locks in found}
 
+    def on(self, who: Principal, path: tuple[str, ...]) -> tuple[Node, Lock | None, bool]:
+        """A node, the first lock that was taken on it, and whether they may end that.  raises CloudError not-found"""
+        node = self.files.stat(who, path)
+        lock, may = next(((lock, may) for lock, may in self.among(who, [node]).get(node.node, ()) if lock.node == node.node), (None, False))
+        return node, lock, may
+
+    def hold(self, who: Principal, path: tuple[str, ...], wanted: LockInfo, given: Preconditions = ANY) -> tuple[Node, Lock]:
+        """Lock a file; one's own lock that was taken on it begins anew.  raises CloudError not-found, forbidden, lock-conflict, precondition-failed"""
+        node, lock, _ = self.on(who, path)
+        if node.kind or who.means == "link":
+            raise CloudError("forbidden", "accounts lock files so, and nothing else")
+        if lock and lock.account == who.person:
+            return node, self.files.refresh(who, path, frozenset([lock.token]), wanted.seconds)
+        return node, self.files.lock(who, path, wanted, given._replace(if_match=given.if_match or ("*",)))[0]
+
+    def release(self, who: Principal, path: tuple[str, ...]) -> None:
+        """End the lock that was taken on a file.  raises CloudError not-found, precondition-failed if there is none, forbidden"""
+        _, lock, _ = self.on(who, path)
+        missing = CloudError("precondition-failed", "this is not locked")
+        if lock is None:
+            raise missing
+        self.end(who, path, lambda one: one.token == lock.token, missing)
+
     def end_known(self, who: Principal, path: tuple[str, ...], id: str) -> None:
         """End a lock, by what others may know of it.  raises CloudError not-found, forbidden"""
         self.end(who, path, lambda lock: id_of_lock(lock) == id, CloudError("not-found", "this lock has ended"))
@@ -10991,6 +11024,11 @@ class Locking:
 def id_of_lock(lock: Lock) -> str:
     """What a lock is called before who must not learn its token (A19)."""
     return sha256_text(lock.token)[:16]
+
+
+def renewed_at(lock: Lock, clock: Clock) -> int:
+    """When a lock was taken, or began anew: ms since 1970."""
+    return lock.due - lock.seconds * SECOND + clock.wall() - clock.due()
 
 
 def may_end(lock: Lock, view: View) -> bool:
@@ -11285,7 +11323,8 @@ class Files:
                 self.tree.space.check(place, 0, 1)
                 node = plan.put(place, empty, self.clock.wall()).after
                 plan.rows += self.tree.contents.rows(empty)
-            lock = Lock(new_lock_token(), home, node.node, who.person, *wanted, now + wanted.seconds * 1000)
+            lock = Lock(new_lock_token(wanted.personal), home, node.node, who.person, wanted.deep, wanted.exclusive, wanted.owner, wanted.seconds,
+                        now + wanted.seconds * 1000, who.name or None)
             if self.db.read("SELECT count(*) FROM lock WHERE account = ? AND due > ?", (lock.account, now))[0][0] >= LOCKS_MOST:
                 raise CloudError("conflict", "you hold %d locks already" % LOCKS_MOST)
             plan.rows += [Statement("DELETE FROM lock WHERE home = ? AND due <= ?", (home, now)),
@@ -11382,10 +11421,10 @@ def name_written(path: tuple[str, ...], place: Place, name: str) -> dict[str, An
     return {"path": [path if place.is_top else path[:-1] + (name,)]}
 
 
-def new_lock_token() -> str:
+def new_lock_token(personal: bool) -> str:
     """A random UUID as a URI (RFC 4918 s6.5)."""
     import uuid
-    return uuid.uuid4().urn
+    return PERSONAL_LOCK + str(uuid.uuid4()) if personal else uuid.uuid4().urn
 
 
 def shown(place: Place, path: tuple[str, ...]) -> Node:
@@ -16022,9 +16061,9 @@ def api_lock(cloud: Cloud, who: Principal, node: Node, lock: Lock, ends: bool) -
     account  whose it is; null: a visitor's;  owner  what the program that took it says of itself;  renewed  or taken, if it never was
     above    is it on a collection that holds the node?  ends  may who asks end it?
     """
-    offset = cloud.clock.wall() - cloud.clock.due()
+    renewed = renewed_at(lock, cloud.clock)
     return {"id": id_of_lock(lock), "account": lock.name, "mine": lock.account == who.person, "owner": owner_of_lock(lock.owner), "exclusive": bool(lock.exclusive),
-            "above": lock.node != node.node, "renewed": format_time(lock.due - lock.seconds * SECOND + offset), "until": format_time(lock.due + offset), "ends": ends}
+            "above": lock.node != node.node, "renewed": format_time(renewed), "until": format_time(renewed + lock.seconds * SECOND), "ends": ends}
 
 
 def owner_of_lock(text: str) -> str:
@@ -17386,10 +17425,10 @@ class About:
                        "quota": lambda: cloud.files.quota(who), "digests": lambda: Attached(now).digests(node),
                        "dead": lambda: Attached(now).properties(node, who.person), "pictured": lambda: Attached(now).pictured(node),
                        "locks": lambda: cloud.locks.near(now, node), "epoch": lambda: cloud.epoch,
-                       "lock_root": lambda: lru_cache(maxsize=None)(partial(cloud.locks.root, who)), "given": lambda: cloud.sharing.given_by(who)}
+                       "clock": lambda: cloud.clock, "lock_root": lambda: lru_cache(maxsize=None)(partial(cloud.locks.root, who)), "given": lambda: cloud.sharing.given_by(who)}
 
     def __getattr__(self, name: str) -> Any:
-        """standing(node); room(home); locks(node); lock_root(lock); quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}};
+        """standing(node); room(home); locks(node); lock_root(lock); clock; quota: (used, left); digests: {manifest: ...}; dead: {node: {name: XML}};
         pictured: {(home, manifest)}; epoch; given: {node: ...}"""
         value = self.__dict__[name] = self._fetch[name]()
         return value
@@ -17923,7 +17962,7 @@ def ocs_capabilities(cloud: Cloud, who: Principal, request: Request) -> Response
         "core": {"pollinterval": 60, "webdav-root": "remote.php/webdav", "status": nc_about(cloud)},
         "dav": {"chunking": "1.0", "invalidFilenameRegex": BAD_NAMES[cloud.config.windows_names],
                 **({"bulkupload": "1.0"} if knows_bulk(request.fields.get("user-agent", "")) else {})},
-        "files": {"bigfilechunking": True, "undelete": True, "versioning": True, "favorites": True, "blacklisted_files": [],
+        "files": {"bigfilechunking": True, "undelete": True, "locking": "1.0", "api-feature-lock-type": True, "versioning": True, "favorites": True, "blacklisted_files": [],
                   "forbidden_filename_characters": BAD_CHARACTERS[cloud.config.windows_names]},
         "files_sharing": ocs_sharing(cloud.policy()),
         "checksums": {"supportedTypes": list(_CHECKSUMS), "preferredUploadType": "SHA1"}}})
@@ -18300,6 +18339,34 @@ def ocs_drop_app_password(cloud: Cloud, who: Principal, request: Request) -> Res
     return ocs_response(request, [])
 
 
+# ---- locks of files, by their ids
+
+OCS_LOCK = "apps/files_lock/lock/<id>"
+LOCK_TYPES = {"0": True, "2": False}     # is it personal?  Of the person, or of the program that names its token; none here is of an app (1)
+
+
+def wanted_lock(kind: str | None) -> LockInfo:
+    """What Nextcloud's clients ask for when they lock a file.  raises CloudError bad-request"""
+    if (kind or "0") not in LOCK_TYPES:
+        raise CloudError("bad-request", "a lock is of a person (0) or of a program (2)")
+    return LockInfo(False, True, "", LOCK_MOST, LOCK_TYPES[kind or "0"])
+
+
+@route("PUT", *ocs(OCS_LOCK), needs="write", refuse=ocs_error)
+def ocs_lock(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """Lock a file."""
+    wanted = wanted_lock(read_form(request).get("lockType"))
+    cloud.files.locking.hold(who, cloud.files.path_of(who, parse_id(id)), wanted)
+    return ocs_response(request, [])
+
+
+@route("DELETE", *ocs(OCS_LOCK), needs="write", refuse=ocs_error)
+def ocs_unlock(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
+    """End the lock of a file."""
+    cloud.files.locking.release(who, cloud.files.path_of(who, parse_id(id)))
+    return ocs_response(request, [])
+
+
 # ---- search by words: the apps ask so any server that calls itself 20 or newer
 
 OCS_SEARCH = "search/providers"
@@ -18340,6 +18407,8 @@ def ocs_found(request: Request, path: tuple[str, ...], node: Node, about: About)
 
 OC, NC = "{http://owncloud.org/ns}", "{http://nextcloud.org/ns}"
 
+# ---- internal links
+
 def lead_to(place: str) -> Response:
     return Response(303, b"", {"Location": "../" + place, "Cache-Control": "no-store"})        # relative: we may be behind a prefix (B4)
 
@@ -18369,6 +18438,21 @@ def format_sharees(given: Sequence[tuple[str, str | None]]) -> str:
     return "".join(E("nc:sharee", E("nc:id", name), E("nc:display-name", name), E("nc:type", str(OCS_KINDS[kind]))) for kind, name in given if name)
 
 
+A_VISITOR = "a visitor"          # who locked what, if it was by a link
+NC_LOCK: dict[str, Callable[[Lock, About], Optional[str]]] = {          # of the first lock that holds a node
+    NC + "lock-owner-type": lambda lock, about: "0" if lock.personal else "2",
+    NC + "lock-owner": lambda lock, about: None if lock.name is None else escape(lock.name),
+    NC + "lock-owner-displayname": lambda lock, about: escape(lock.name or A_VISITOR),
+    NC + "lock-time": lambda lock, about: str(renewed_at(lock, about.clock) // SECOND),
+    NC + "lock-timeout": lambda lock, about: str(lock.seconds),
+    NC + "lock-token": lambda lock, about: lock.token if lock.account == about.who.person else None,         # nobody else can use it (A19)
+}
+
+
+def of_lock(tell: Callable[[Lock, About], str | None]) -> Reader:
+    return lambda node, about: next((tell(lock, about) for lock in about.locks(node)), None)
+
+
 OCM_WORDS = {"share": {SHARE}, "read": {READ}, "write": {CREATE, UPDATE}}
 FAVORITE, LIVE_PHOTO = STAR, NC + "metadata-files-live-photo"
 NC_PROPERTIES: dict[str, Reader] = {
@@ -18386,6 +18470,8 @@ NC_PROPERTIES: dict[str, Reader] = {
     "{http://open-collaboration-services.org/ns}share-permissions": lambda node, about: str(ocs_bits(about.standing(node).rights, bool(node.kind))),
     "{http://open-cloud-mesh.org/ns}share-permissions": lambda node, about: json.dumps([
         word for word, rights in OCM_WORDS.items() if about.standing(node).rights & rights]),
+    NC + "lock": lambda node, about: "1" if about.locks(node) else "",
+    **{name: of_lock(tell) for name, tell in NC_LOCK.items()},
     OC + "comments-unread": lambda node, about: "0",
     FAVORITE: lambda node, about: str(int(is_favorite(node, about))),
     LIVE_PHOTO: lambda node, about: stored_text(node, about, LIVE_PHOTO) or None,           # iOS: the name of its other half
@@ -18395,7 +18481,7 @@ NC_PROPERTIES: dict[str, Reader] = {
     NC + "upload_time": lambda node, about: str(node.created // SECOND),
     **dict.fromkeys([OC + name for name in "downloadURL dDC tags privatelink comments-count".split()] + [
         NC + name for name in "note rich-workspace rich-workspace-file hidden system-tags "
-        "lock lock-owner lock-owner-displayname lock-owner-editor lock-owner-type lock-time lock-timeout lock-token "
+        "lock-owner-editor "
         "metadata-photos-size metadata-photos-gps metadata-photos-exif metadata-photos-place "
         "metadata-photos-original_date_time metadata_etag file-metadata-size file-metadata-gps share-download-limits "
         "contained-folder-count contained-file-count download-url-expiration "
@@ -18480,6 +18566,37 @@ def nc_put(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]
     """A file, or the chunk of one as ownCloud's clients sent them before there were upload folders."""
     is_chunk = path and "oc-chunked" in request.fields and re.fullmatch(LEGACY, path[-1])
     return (nc_legacy_chunk if is_chunk else dav_put)(cloud, who, request, path)
+
+
+def nc_lock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """Lock a file as Nextcloud's clients do (X-User-Lock), or as WebDAV does; to the former another's lock is told with the refusal."""
+    if "x-user-lock" not in request.fields:
+        return dav_lock(cloud, who, request, path)
+    wanted = wanted_lock(request["x-user-lock-type"])
+    node, lock, _ = cloud.files.locking.on(who, path)
+    if lock and lock.account != who.person:
+        return lock_response(cloud, who, 423, node, lock)
+    return lock_response(cloud, who, 200, *cloud.files.locking.hold(who, path, wanted, read_dav_conditions(request)))
+
+
+def nc_unlock(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ...]) -> Response:
+    """End a lock: of whoever may end it (X-User-Lock), or the one whose token is named."""
+    if "x-user-lock" not in request.fields:
+        return dav_unlock(cloud, who, request, path)
+    wanted_lock(request["x-user-lock-type"])
+    node, lock, may = cloud.files.locking.on(who, path)
+    if may:
+        cloud.files.locking.release(who, path)
+    return lock_response(cloud, who, 200 if may else 423 if lock else 412, node, None if may else lock)
+
+
+def lock_response(cloud: Cloud, who: Principal, status: int, node: Node, lock: Lock | None) -> Response:
+    """How a file is locked, in the properties that tell of it."""
+    about = About(cloud, who, node, None)
+    about.locks = lambda node: [lock] if lock else []
+    told = [E(name, Markup(NC_PROPERTIES[name](node, about) or "")) for name in (NC + "lock", *NC_LOCK)]
+    return Response(status, format_xml(E("d:prop", E("d:getetag", node.etag), *told, **ROOT_NAMESPACES)), {       # the desktop client keeps it without quotes
+        "Content-Type": XML_TYPE, "Cache-Control": "no-store"})
 
 
 @route("OPTIONS", "/remote.php/dav", "/remote.php/dav/files/<path>", "/remote.php/webdav/<path>", needs="nothing", refuse=nc_error)
@@ -18704,6 +18821,7 @@ def nc_filter(cloud: Cloud, who: Principal, request: Request, path: tuple[str, .
 
 
 NC_HANDLERS = {**HANDLERS, "GET": ("read", nc_get), "PUT": ("write", done_once(nc_put)), "PATCH": ("write", nc_checksum),
+               "LOCK": ("write", nc_lock), "UNLOCK": ("write", nc_unlock),
                "MKCOL": ("write", done_once(dav_mkcol)), "DELETE": ("write", done_once(dav_delete)), "MOVE COPY": ("write", done_once(dav_transfer))}
 NC_REPORTS = {**REPORT_KINDS, OC + "filter-files": nc_filter}
 NC_ROOT = ("remote.php", "dav", "files")

@@ -13657,6 +13657,8 @@ class Circle:
             route.pattern.partition("/dav/")[2].partition("/")[0], path) if route.pattern.startswith("/remote.php/dav/") else path
         if re.search("/accept$|/decline$|pending/<id>$|deletedshares/<id>$", route.pattern):
             values["SHARE"] = self.shares.get(who, self.shares["edit"])
+        if "files_lock" in route.pattern:
+            values["SHARE"] = values["NODE"]
         where = route.pattern.replace("<owner>", values["NAME"]).replace("<path>", path).replace("<id>", str(values["SHARE"])).replace("<name>", values["NAME"]).replace("<token>", "x")
         base = route.door.names if route.door else ("dav",)
         fields["Destination"] = "/" + "/".join(base).replace("<owner>", values["NAME"]) + "/d/to"
@@ -13695,6 +13697,8 @@ class Circle:
         if where.endswith("/events") and who not in ("nobody", "visitor"):
             return None, True                            # it never ends
         answer = exchange(self.address, route.method, where, body, user=None, **fields, **({"Authorization": self.credentials[who]} if self.credentials[who] else {}))
+        if "files_lock" in where and route.method == "PUT":
+            exchange(self.address, "DELETE", where, user=None, Authorization=self.credentials["owner"])
         if answer.headers.get("lock-token"):
             exchange(self.address, "UNLOCK", where, user=None, Authorization=self.credentials[who], Lock_Token=answer.headers["lock-token"])
         if who == "visitor":
@@ -13730,7 +13734,7 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
     "owner reader add edit group": "PROPFIND UPLOADS",
     "owner edit group": """
         PATCH /api/v1/files/<path>  POST /api/v1/move  POST /api/v1/delete  POST /api/v1/versions/restore  POST /api/v1/rewind  POST /api/v1/bring-back
-        PUT /api/v1/thumbnails/<path>  DELETE DAV  MOVE DAV  PROPPATCH DAV  LOCK DAV  MOVE /remote.php/dav/versions/<owner>/<path>""",
+        PUT /api/v1/thumbnails/<path>  DELETE DAV  MOVE DAV  PROPPATCH DAV  LOCK DAV  PUT /ocs/*/apps/files_lock/lock/<id>  MOVE /remote.php/dav/versions/<owner>/<path>""",
     "owner reader edit group": """
         GET /api/v1/versions/<path>  GET /api/v1/differences/<path>  PROPFIND /remote.php/dav/versions/<owner>/<path>  GET /remote.php/dav/versions/<owner>/<path>""",
     "owner": """
@@ -13750,7 +13754,7 @@ ROUTE_GIVES = {  # to whom a route gives something on what is shared, or in a ho
         POST /api/v1/account/password  DELETE /api/v1/devices/<id>  POST /api/v1/grants/<token>  POST /api/v1/allow  POST /api/v1/undo-device
         PATCH /api/v1/admin/groups/<name>  DELETE /api/v1/admin/groups/<name>  PUT /api/v1/admin/groups/<group>/members/<name>
         DELETE /api/v1/admin/groups/<group>/members/<name>  POST /api/v1/accounts  DELETE /api/v1/accounts/<name>
-        HEAD /tus/<id>  PATCH /tus/<id>  DELETE /tus/<id>  POST /tus/<id>  UNLOCK DAV  POST /api/v1/unlock  GET /f/<id>"""}         # what is named by it is not there
+        HEAD /tus/<id>  PATCH /tus/<id>  DELETE /tus/<id>  POST /tus/<id>  UNLOCK DAV  POST /api/v1/unlock  GET /f/<id>  DELETE /ocs/*/apps/files_lock/lock/<id>"""}         # what is named by it is not there
 SHORT = {"/ocs/*": ["/ocs/v1.php", "/ocs/v2.php"], "DAV": ["/dav/<path>", "/remote.php/dav/files/<owner>/<path>", "/remote.php/webdav/<path>"],
          "UPLOADS": ["/remote.php/dav/uploads/<owner>/<path>"]}
 
@@ -16851,6 +16855,76 @@ def test_nextcloud_properties(call, cloud, ann):
     _, token = cloud.devices.add_token(ann, "reader", readonly=True)
     found = propfind(call, FILES + "/d", "oc:permissions", depth="1", Authorization=basic("ann", token))
     assert {about["{http://owncloud.org/ns}permissions"].text for about in found.values()} == {"G"}
+
+
+NC_LOCKED = "lock lock-owner-type lock-owner lock-owner-displayname lock-time lock-timeout lock-token".split()
+
+
+def lock_told(body):
+    """What an answer says of a lock, by the names of Nextcloud's properties."""
+    return {part.tag.rpartition("}")[2]: part.text for part in cs.read_xml(body).iter() if part.tag.startswith("{http://nextcloud.org/ns}lock")}
+
+
+def test_locks_as_nextclouds_clients_take_and_show_them(call, address, cloud, ann, people):
+    """As files_lock's README words it: LOCK and UNLOCK with X-User-Lock, or OCS by the id; told in listings."""
+    put(cloud, ann, "d/f", b"1", parents=True), put(cloud, ann, "d/g")
+    for name, role in ("bob", "edit"), ("cem", "edit"), ("dan", "view"):
+        give(cloud, ann, "d", name, role=role)
+    place = lambda who, path="d/f": "/remote.php/dav/files/%s/%s" % (who, path)
+    ask = lambda method, who, path="d/f", body=None, **fields: call(method, place(who, path), body, user=who, **fields)
+    hold = lambda who, path="d/f", **fields: ask("LOCK", who, path, X_User_Lock="1", **fields)
+    free = lambda who, path="d/f", **fields: ask("UNLOCK", who, path, X_User_Lock="1", **fields)
+    shown = lambda who: {name: getattr(propfind(call, place(who, "d"), *("nc:" + name for name in NC_LOCKED), depth="1", user=who)[place(who)].get(
+        "{http://nextcloud.org/ns}" + name), "text", "absent") for name in NC_LOCKED}
+    nothing = {**dict.fromkeys(NC_LOCKED, "absent"), "lock": None}
+    assert shown("ann") == shown("bob") == nothing
+    etag = '"%s"' % cloud.files.stat(ann, ("d", "f")).etag
+    assert hold("bob", If_Match='"other"').status == 412 and hold("bob", "d/none").status == 404 and hold("bob", "d").status == 403 == hold("dan").status
+    assert hold("bob", X_User_Lock_Type="1").status == 400 == free("bob", X_User_Lock_Type="99").status and shown("bob") == nothing
+    answer = hold("bob", If_Match=etag)
+    told = lock_told(answer.body)
+    assert answer.status == 200 and cs.read_xml(answer.body).findtext("{DAV:}getetag") == etag.strip('"')
+    assert (told["lock"], told["lock-owner-type"], told["lock-owner"], told["lock-owner-displayname"], told["lock-timeout"]) == ("1", "0", "bob", "bob", "86400")
+    assert abs(int(told["lock-time"]) * 1000 - cloud.clock.wall()) < 60_000
+    mine = {**told, "lock-time": shown("bob")["lock-time"]}
+    assert shown("bob") == mine and all(shown(who) == {**mine, "lock-token": "absent", "lock-time": shown(who)["lock-time"]} for who in ("ann", "cem", "dan"))    # A19
+    assert hold("bob").status == 200 and lock_told(hold("bob").body)["lock-token"] == told["lock-token"]           # it begins anew
+    for who in "ann", "cem":
+        answer = hold(who)
+        assert answer.status == 423 and lock_told(answer.body)["lock-owner"] == "bob" and not lock_told(answer.body)["lock-token"]
+    writes = {who: ask("PUT", who, body=b"2").status for who in ("ann", "bob", "cem")}
+    assert writes == {"ann": 423, "bob": 204, "cem": 423}                # a person's lock is not in the way of their own devices
+    assert call("MOVE", place("cem"), user="cem", Destination=place("cem", "d/h")).status == 423 == ask("DELETE", "cem").status
+    answer = free("cem")
+    assert answer.status == 423 == free("dan").status and lock_told(answer.body)["lock-owner"] == "bob"
+    assert free("ann").status == 200 and shown("bob") == nothing         # whose home it is may end any
+    answer = free("bob")
+    assert answer.status == 412 and lock_told(answer.body)["lock"] is None
+    assert ask("PUT", "cem", body=b"3").status == 204
+
+    token = lock_told(hold("bob", X_User_Lock_Type="2").body)["lock-token"]              # a program's: it names the token, as the desktop client words it
+    assert shown("ann")["lock-owner-type"] == "2" and ask("PUT", "bob", body=b"4").status == 423
+    words = {"If": "<http://%s:%d%s> (<opaquelocktoken:%s>)" % (*address[:2], place("bob"), token)}
+    assert ask("PUT", "bob", body=b"5", **words).status == 204 and ask("PUT", "cem", body=b"6", **{**words, "If": words["If"].replace("/bob/", "/cem/")}).status == 423
+    assert free("bob", X_User_Lock_Type="2").status == 200 and shown("bob") == nothing
+
+    take = call("LOCK", "/dav/d/f", LOCK_BODY, Depth="0")                # a lock of WebDAV is told the same way
+    assert take.status == 200 and (shown("bob")["lock-owner"], shown("bob")["lock-owner-type"]) == ("ann", "2") and hold("bob").status == 423
+    assert call("UNLOCK", "/dav/d/f", Lock_Token=take.headers["lock-token"]).status == 204
+    deep = call("LOCK", "/dav/d", LOCK_BODY, Depth="infinity")
+    assert shown("bob")["lock-owner"] == "ann" and hold("bob").status == 423 and free("bob").status == 412            # what a lock above holds
+    assert call("UNLOCK", "/dav/d", Lock_Token=deep.headers["lock-token"]).status == 204
+
+
+def test_locks_by_ocs(call, cloud, ann, bob):
+    node, other = put(cloud, ann, "d/f", parents=True).node, put(cloud, ann, "private").node
+    give(cloud, ann, "d", "bob", role="edit")
+    ask = lambda method, id, who, **form: json.loads(call(method, "/ocs/v2.php/apps/files_lock/lock/%s?format=json" % id, cs.urlencode(form).encode(), user=who).body)["ocs"]["meta"]["statuscode"]
+    assert [ask("PUT", node, "bob"), ask("PUT", node, "ann"), ask("DELETE", node, "ann"), ask("DELETE", node, "ann")] == [200, 423, 200, 412]
+    assert [ask("PUT", node, "ann", lockType="2"), ask("DELETE", node, "bob"), ask("DELETE", node, "ann", lockType="2")] == [200, 403, 200]
+    assert [ask("PUT", node, "ann", lockType="1"), ask("PUT", other, "bob"), ask("DELETE", other, "bob"), ask("PUT", "x", "ann")] == [400, 404, 404, 400]
+    about = json.loads(call("GET", "/ocs/v2.php/cloud/capabilities?format=json").body)["ocs"]["data"]["capabilities"]["files"]
+    assert (about["locking"], about["api-feature-lock-type"]) == ("1.0", True)
 
 
 def test_nextcloud_previews_are_the_thumbnails_that_browsers_made(call, cloud, ann):
