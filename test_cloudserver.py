@@ -32018,6 +32018,17 @@ files.upload_stream("d/stream", io.BytesIO(bytes(12_000_000)))
 assert len(files.download("d/stream")) == 12_000_000
 archive = files.download_directory_as_zip("d", "d.zip")
 assert zipfile.ZipFile(archive).namelist() == ["e/", "moved", "stream"]
+files.lock("d/moved")
+held = files.by_path("d/moved").lock_info
+assert held.is_locked and held.owner == "ann" and held.type.value == 0 and held.lock_creation_time.year > 2020
+files.upload("d/moved", "of who holds it")
+files.unlock("d/moved")
+assert not files.by_path("d/moved").lock_info.is_locked
+try:
+    files.unlock("d/moved")
+    raise SystemExit("it is not locked")
+except nc_py_api.NextcloudException as error:
+    assert error.status_code == 412
 user = cloud.users.get_user()
 for name in [name for name in dir(type(user)) if name[0] != "_"]:
     getattr(user, name)
