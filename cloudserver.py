@@ -11759,28 +11759,50 @@ class Journal:
 
     def newest(self, who: Principal, *, told: bool = False) -> int:
         """The seq of the last change of an account's tree; `told`: or of whatever else its journal tells."""
-        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + ", (SELECT max(seq) FROM journal WHERE home = ?) FROM account a JOIN collection c ON c.node = a.root "
+        tree, line, _ = self._newest(who)
+        return max(tree, line) if told else tree
+
+    def _newest(self, who: Principal) -> tuple[int, int, int]:
+        """The seqs of the last change of an account's tree, of the last line of its journal, and of all lines."""
+        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + ", (SELECT max(seq) FROM journal WHERE home = ?), (SELECT max(seq) FROM journal) "
+                            "FROM account a JOIN collection c ON c.node = a.root "
                             "WHERE a.id = ? AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))",
                             (who.person, view_of(who).home, who.device, who.device))
         if not rows:
             raise CloudError("unauthenticated", "this device was revoked")
-        own, shared, line = rows[0]
-        return max(own, shared or 0, line if told and line else 0)
+        own, shared, line, head = rows[0]
+        return max(own, shared or 0), line or 0, head
 
     def has_marked(self, who: Principal, since: int) -> bool:
         """Did anything after a seq change the marks in lists, of which no etag tells: stars, shares, locks?"""
         return bool(self.db.read("SELECT 1 FROM journal WHERE home = ? AND seq > ? AND action IN ('star', 'unstar', 'share', 'share-change', 'share-end', "
                                  "'lock', 'unlock') LIMIT 1", (view_of(who).home, since)))
 
-    def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched) -> bool:
+    def has_locked(self, who: Principal, since: int) -> bool:
+        """Did a lock begin or end after a seq on what others share with an account?  Nothing is told of what else their homes hold."""
+        view = view_of(who)
+        rows = self.db.read("SELECT detail FROM journal WHERE seq > ? AND action IN ('lock', 'unlock') AND home IN (SELECT e.home FROM mount m "
+                            "JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = ? AND m.until IS NULL)", (since, view.home)) if view.whole else ()
+        nodes = {json.loads(detail)["within"] for detail, in rows}
+        above, rights = holders(self.db.read, nodes), self.tree.mounts.rights_of(who.person, self.db.read) if nodes else None
+        return any(READ in rights((*above[node], node)) for node in nodes)
+
+    def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched, locked_since: int | None = None) -> bool:
         """Wait until something in the account, or in its journal, is newer than a seq; False if nothing was in time.
 
+        locked_since   or until has_locked says yes
         So many may wait at a time and no more.
         raises  CloudError busy
         """
         def is_newer() -> bool:
-            if self.newest(who, told=True) > since:
+            nonlocal locked_since
+            tree, line, head = self._newest(who)
+            if max(tree, line) > since:
                 return True
+            if locked_since is not None and head > locked_since:
+                if self.has_locked(who, locked_since):
+                    return True
+                locked_since = head
             alive()
             return False
         if self.waits.taken() >= WAITERS:
@@ -14863,7 +14885,7 @@ def refusal_to(error: CloudError, request: Request, refuse: Callable[[CloudError
     """A refusal as the door words it for programs; a person who went to that address with a browser gets it as a page."""
     response = refuse(error, request)
     if not wants_page(request) or request["sec-fetch-mode"] not in (None, "navigate") or "ocs-apirequest" in request.fields or request.method not in (
-            "GET", "HEAD") or response.fields.get("Content-Type", "").startswith("text/html"):
+            "GET", "HEAD") or response.fields.get("Content-Type", "").startswith("text/html") or "Location" in response.fields:
         return response
     page = REFUSALS["page"](error, request)
     page.fields.update((name, value) for name, value in response.fields.items() if name in ("WWW-Authenticate", "Allow", "Retry-After", "Content-Range"))
@@ -17072,20 +17094,20 @@ def root_shared(who: Principal) -> dict[str, Any]:
 @route("GET", API + "events", needs="read")
 def sync_events(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Server-sent events: {"seq": N} whenever something in the account has changed, or is told in its journal, and again every 15 seconds:
-    by its silence a listener knows that the connection is dead.  "marks": true says that among it are stars, shares or locks, which no etag tells."""
+    by its silence a listener knows that the connection is dead.  "marks": true says that among it are stars, shares or locks, which no etag tells; seq is no other then if it is locks of what others share."""
     cloud.journal.await_change(who, cloud.journal.newest(who, told=True), 0)        # refuse now what would be refused later
     return Response(200, sync_wake_ups(cloud, who), {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                                                      "X-Accel-Buffering": "no"}, length=None)
 
 
 def sync_wake_ups(cloud: Cloud, who: Principal) -> Iterator[bytes]:
-    seq, until = cloud.journal.newest(who, told=True), time.monotonic() + EVENTS_LIFE
+    looked, seq, until = cloud.journal.head(), cloud.journal.newest(who, told=True), time.monotonic() + EVENTS_LIFE
     yield b'retry: 2000\ndata: {"seq":%d}\n\n' % seq
     while time.monotonic() < until and not cloud.journal.closing.is_set():
-        marks = b""
-        if cloud.journal.await_change(who, seq, 15):
-            since, seq = seq, cloud.journal.newest(who, told=True)
-            marks = b',"marks":true' * cloud.journal.has_marked(who, since)
+        cloud.journal.await_change(who, seq, 15, locked_since=looked)
+        before, looked = looked, cloud.journal.head()
+        since, seq = seq, cloud.journal.newest(who, told=True)
+        marks = b',"marks":true' * (cloud.journal.has_marked(who, since) or cloud.journal.has_locked(who, before))
         yield b'data: {"seq":%d%s}\n\n' % (seq, marks)         # finds out whether anybody still listens, too
 
 
@@ -18413,7 +18435,12 @@ def lead_to(place: str) -> Response:
     return Response(303, b"", {"Location": "../" + place, "Cache-Control": "no-store"})        # relative: we may be behind a prefix (B4)
 
 
-@route("GET", "/f/<id>", needs="read", refuse=lambda error, request: lead_to("login") if error.status == 401 else json_error(error, request))
+def ask_to_log_in(error: CloudError, request: Request) -> Response:
+    """Who is not logged in comes back here afterwards; nothing is told of whether this is there."""
+    return lead_to("login?next=" + format_path(request.path)[1:]) if error.status == 401 else json_error(error, request)
+
+
+@route("GET", "/f/<id>", needs="read", refuse=ask_to_log_in)
 def nc_shown(cloud: Cloud, who: Principal, request: Request, id: str) -> Response:
     """What clients copy as an internal link leads a browser to where the file is, once somebody is logged in."""
     path = cloud.files.path_of(who, read_file_id(id))
@@ -28741,7 +28768,8 @@ function showLogin() {
     : location.pathname + location.search;
   showGate(t("Log in"), "", [nameField(), passwordField(t("Password"))], t("Log in"), async values => {
     await api("POST", "login", {name: values.name.trim(), password: values.password});
-    const inside = back && back.startsWith(PREFIX + "/") && !back.startsWith("//");
+    if (/^f\/\w+$/.test(back)) return location.replace(back);     // beside this address: it can lead nowhere else
+    const inside = back && back.startsWith(PREFIX + "/") && !/^\/[\s/\\]/.test(back);
     history.replaceState(null, "", inside ? back : addressOf(""));
     await start();
   });
@@ -31353,7 +31381,7 @@ function watchServer() {
       awaitNews();
       const {seq, marks} = JSON.parse(event.data);
       marked ||= marks;
-      if (seen !== seq) changed();
+      if (marks || seen !== seq) changed();
       seen = seq;
     };
   }

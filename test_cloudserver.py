@@ -15979,9 +15979,32 @@ def test_events_wake_up_who_listens(address, cloud, ann):
     connection.close()
 
 
+def test_who_sees_what_is_locked_hears_of_it_and_nobody_else(cloud, ann, people):
+    """Of what a mount shows as of what is one's own; of what lies beside it in the same home not even that something happened."""
+    put(cloud, ann, "d/f", parents=True), put(cloud, ann, "beside"), put(cloud, ann, "other/f", parents=True)
+    give(cloud, ann, "d", "bob", role="edit"), give(cloud, ann, "other", "cem")
+    ended = give(cloud, ann, "d", "eve")
+    cloud.sharing.end(ann, ended)
+    people_of = {name: getattr(people, name) for name in ("bob", "cem", "dan", "eve")}
+
+    def heard(act):
+        head, since = cloud.journal.head(), {name: cloud.journal.newest(who, told=True) for name, who in people_of.items()}
+        found = act()
+        assert since == {name: cloud.journal.newest(who, told=True) for name, who in people_of.items()}
+        return [name for name, who in people_of.items() if cloud.journal.await_change(who, since[name], 0, locked_since=head)], found
+    names, lock = heard(lambda: take_lock(cloud, ann, "d/f"))
+    assert names == ["bob"] and heard(lambda: cloud.files.unlock(ann, ("d", "f"), lock.token))[0] == ["bob"]
+    assert [heard(lambda: take_lock(cloud, ann, path))[0] for path in ("beside", "other", "d")] == [[], ["cem"], ["bob"]]
+    news = cs.sync_wake_ups(cloud, people.bob)
+    assert next(news).endswith(b'data: {"seq":%d}\n\n' % cloud.journal.newest(people.bob, told=True))
+    cloud.files.unlock(ann, ("d",), cloud.files.locking.on(ann, ("d",))[1].token)
+    assert next(news) == b'data: {"seq":%d,"marks":true}\n\n' % cloud.journal.newest(people.bob, told=True)
+    news.close()
+
+
 def test_events_come_though_nothing_happens(cloud, ann, monkeypatch):
     """A listener knows by silence that the connection is dead."""
-    monkeypatch.setattr(cloud.journal, "await_change", lambda who, seq, seconds: False)
+    monkeypatch.setattr(cloud.journal, "await_change", lambda who, seq, seconds, locked_since: False)
     said = [next(news) for news in [cs.sync_wake_ups(cloud, ann)] for _ in range(3)]
     assert [line for part in said for line in part.split(b"\n") if line.startswith(b"data")] == [b'data: {"seq":%d}' % cloud.journal.newest(ann)] * 3
 
@@ -16830,7 +16853,8 @@ def test_internal_links_lead_to_where_a_file_is(call, cloud, ann, bob):
     node = put(cloud, ann, "d \u00e9/f", parents=True)
     lead = lambda id, **who: (lambda answer: (answer.status, answer.headers.get("location")))(call("GET", "/index.php/f/%s" % id, **who))
     assert lead(node.node) == (303, "../files/d%20%C3%A9") == lead(cloud.files.stat(ann, ("d \u00e9",)).node) and lead("1x")[0] == 404
-    assert lead(node.node, user=None) == (303, "../login") == lead(7, user=None) and lead(node.node, user="bob")[0] == 404
+    assert lead(node.node, user=None) == (303, "../login?next=f/%d" % node.node) and lead(7, user=None) == (303, "../login?next=f/7") and lead(node.node, user="bob")[0] == 404
+    assert lead(node.node, user=None, Accept="text/html") == (303, "../login?next=f/%d" % node.node) and lead("a%26b", user=None) == (303, "../login?next=f/a%26b")
     assert lead(cloud.files.stat(ann, ()).node) == (303, "../files/") and lead("x")[0] == 400
 
 
@@ -27842,6 +27866,18 @@ def test_browser_setup_login_and_logout(browser, cloud, serve_cloud):
     browser.press("Enter")
     browser.sees("“place” is not there (any more).")
     assert browser.path() == "/files/some/place" and browser.log() == []
+    ann = cloud.accounts.principal("ann")
+    node = put(cloud, ann, "cellar/inside", parents=True).node
+    for where, shown, path in [("/f/%d" % node, "inside", "/files/cellar"), ("/index.php/f/%d" % node, "inside", "/files/cellar"), *(        # back to what was asked for, and nowhere else
+            ("/login?next=" + cs.quote(address), "cellar", "/files") for address in ("f/../x", "//example.net/f/1", "/\\example.net/f/1", "/\t/example.net", "http://example.net/f/1", "javascript:alert(1)"))]:
+        browser.cdp("Network.clearBrowserCookies")
+        browser.go(home + where)
+        browser.fill("input[name=name]", "ann")
+        browser.fill("input[name=password]", PASSWORD)
+        browser.press("Enter")
+        browser.sees(shown)
+        assert browser.path().replace("/index.php", "") == path, where
+    assert browser.log() == []
 
 
 def test_browser_walks_by_addresses(page):
