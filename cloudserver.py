@@ -1594,6 +1594,29 @@ def read_pieces(part: bytes | FileSlice, step: int = 256 * KiB) -> Iterator[byte
         yield data
 
 
+ANSWER_LARGEST, ANSWERS_MOST = 4 * MiB, 8 * MiB         # bytes of an answer that is made in memory, and of those that are remembered
+
+
+class Answers:
+    """Answers that took long to make, for who asks the same again; each with what it was made of, by which one sees whether it still holds."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Any, bytes]] = {}
+        self._size, self._keeping = 0, threading.Lock()
+
+    def find(self, question: Any) -> tuple[Any, bytes] | None:
+        """What an answer was made of, and its bytes."""
+        return self._kept.get(question)
+
+    def keep(self, question: Any, made_of: Any, data: bytes) -> None:
+        with self._keeping:
+            self._size -= len(self._kept.pop(question, (None, b""))[1])
+            if self._size + len(data) > ANSWERS_MOST:
+                self._kept, self._size = {}, 0
+            self._kept[question] = made_of, data
+            self._size += len(data)
+
+
 def unwatched() -> None:
     """Nobody waits who could leave: the default of `alive`, which long reads call now and then and which ends them by raising."""
 
@@ -8990,7 +9013,12 @@ class Locks:
         def look(one: Node) -> list[Lock]:
             above = now.line(one.parent) if is_deep else ()
             return [*held.get(one.node, ()), *(lock for id in above for lock in held.get(id, ()) if lock.deep)]
-        return look if held else lambda one: []
+        return look if held else no_locks
+
+
+def no_locks(node: Node) -> list[Lock]:
+    """What Locks.among answers where nothing is locked."""
+    return []
 
 
 PUT_MANIFEST = "INSERT INTO manifest (id, size, sha256) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING"
@@ -14500,6 +14528,7 @@ class Cloud:
         self.sharing, self.drops = Sharing(tree, self.credentials, self.policy), Drops(self.files)
         self.offers = self.sharing.offers
         self.trash, self.pictures = Trash(tree, self.files), Pictures(tree, self.files, self.versions)
+        self.answers = Answers()
         self.search, self.uploads, self.sync = Search(tree, self.files), Uploads(tree, self.files), Sync(tree, self.journal, self.history)
 
     def close(self) -> None:
@@ -15331,23 +15360,21 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self._file: BinaryIO | None = None
-        self._parts, self._size = [], 0
+        self._memory, self._file = io.BytesIO(), None
 
     def write(self, text: str) -> None:
-        self._parts.append(text)
-        self._size += len(text)
-        if self._size > MiB:
+        self._memory.write(text.encode("utf-8"))
+        if self._memory.tell() > ANSWER_LARGEST:
+            self._file = self._file or tempfile.TemporaryFile()
             self._flush()
 
     def _flush(self) -> None:
-        self._file = self._file or tempfile.TemporaryFile()
-        self._file.write("".join(self._parts).encode("utf-8"))
-        self._parts, self._size = [], 0
+        self._file.write(self._memory.getbuffer())
+        self._memory = io.BytesIO()
 
     def response(self, status: int, fields: dict[str, str]) -> Response:
         if self._file is None:
-            return Response(status, "".join(self._parts).encode("utf-8"), fields)
+            return Response(status, self._memory.getvalue(), fields)
         self._flush()
         self._file.flush()
         length = self._file.tell()
@@ -17455,6 +17482,10 @@ class About:
         value = self.__dict__[name] = self._fetch[name]()
         return value
 
+    def used(self) -> dict[str, Any]:
+        """What was fetched."""
+        return {name: self.__dict__[name] for name in self._fetch if name in self.__dict__}
+
 
 class Scattered(About):
     """What properties need of nodes that come from everywhere."""
@@ -17643,9 +17674,10 @@ class Multistatus:
 
     def response(self) -> Response:
         self._spool.write(MULTISTATUS_TAIL + "\n")
-        return self._spool.response(207, {"Content-Type": XML_TYPE, "Cache-Control": PRIVATE})
+        return self._spool.response(207, dict(MULTISTATUS_FIELDS))
 
 
+MULTISTATUS_FIELDS = {"Content-Type": XML_TYPE, "Cache-Control": PRIVATE}
 MULTISTATUS_HEAD, MULTISTATUS_TAIL = format_xml(E("d:multistatus", Markup("\0"), **ROOT_NAMESPACES)).decode().split("\0")
 
 
@@ -17698,24 +17730,48 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
     infinity is refused for a collection (RFC 4918 s9.1), where a shallow answer would look complete; no Depth is 1, as
     with Nextcloud.
     """
-    names, values, more = read_propfind(request)
-    depth = parse_depth(request["depth"], "1")
-    door = request.door
+    question, depth = read_propfind(request), parse_depth(request["depth"], "1")
     with cloud.files.listing(who, path, alone=depth == "0") as (node, now):
         if depth == "infinity" and node.kind:
             raise CloudError("infinite-depth", "ask for Depth 0 or 1")
-        about, asked = About(cloud, who, node, now, partial(dav_href, request)), names is not None
-        if not asked:
-            dead = sorted({name for found in about.dead.values() for name in found}) if door.dead else ()
-            names = tuple(dict.fromkeys((*(ALLPROP if values else door.properties), *more, *dead)))
-        answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
-        base = dav_href(request, path, bool(node.kind))
-        answer.tell(base, node, about)
-        children = now.children(node.node) if depth == "1" and node.kind else iter(())
-        for some in portions(children):
-            request.check_alive()
-            answer.tell_each([base + (child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")) + "/" * child.kind
-                              for child in some], some, about)
+        about, base = About(cloud, who, node, now, partial(dav_href, request)), dav_href(request, path, bool(node.kind))
+        tell = partial(list_properties, request, base, node, about, question)
+        if depth == "0" or not node.kind:
+            return tell(())
+        if now.mounts or now.floor:
+            return tell(now.children(node.node))
+        asked = request.door, base, about.home, about.mine, question, is_minimal(request)
+        return tell_again(cloud.answers, asked, node, about, lambda: tell(now.children(node.node)))
+
+
+def tell_again(answers: Answers, asked: Any, node: Node, about: About, tell: Callable[[], Response]) -> Response:
+    """What is told of a collection and what it holds, as before if that is as it was: file managers and mounts ask every few seconds.
+
+    Its seq tells of all entries that it holds (law 4 of Tree).  What belongs to nodes beside that, and is no entry, is looked for again;
+    where there is any, nothing is remembered.
+    """
+    (before, beside), data = answers.find(asked) or ((None, {}), b"")
+    if before == node and all(getattr(about, name) == value for name, value in beside.items()):
+        return Response(207, data, dict(MULTISTATUS_FIELDS))
+    response, used = tell(), about.used()
+    if isinstance(response.body, bytes) and all(not value or value is no_locks or name == "quota" for name, value in used.items()):
+        answers.keep(asked, (node, used), response.body)
+    return response
+
+
+def list_properties(request: Request, base: str, node: Node, about: About, question: Question, children: Iterable[Node]) -> Response:
+    """What is asked of a node, whose address is `base`, and of what it holds."""
+    (names, values, more), door = question, request.door
+    asked = names is not None
+    if not asked:
+        dead = sorted({name for found in about.dead.values() for name in found}) if door.dead else ()
+        names = tuple(dict.fromkeys((*(ALLPROP if values else door.properties), *more, *dead)))
+    answer = Multistatus(names, door, values=values, complete=asked and not is_minimal(request))
+    answer.tell(base, node, about)
+    for some in portions(children):
+        request.check_alive()
+        answer.tell_each([base + (child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")) + "/" * child.kind
+                          for child in some], some, about)
     return answer.response()
 
 
