@@ -558,6 +558,12 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def sentence_of(error: Exception) -> str:
+    """The same with the name of the file, if it is about one: for who keeps the cloud."""
+    name = getattr(error, "filename", None)
+    return reason_of(error) if name is None else "%s: %s" % (name, reason_of(error))
+
+
 # ==== 3. Grammar =========================================================================
 #
 # Text to values and back.  No file, clock or socket here; every function is total: it returns
@@ -2227,7 +2233,9 @@ def put_file(temporary: Path, place: Path, data: bytes | memoryview, keep: Calla
         finally:
             os.close(fd)
         insist(os.replace, temporary, place)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:            # whoever is told that a disk is full wants to know which
+            error.filename = str(place)
         with suppress(OSError):
             insist(os.unlink, temporary)
         raise
@@ -19242,11 +19250,15 @@ def settle_as(cloud: Cloud, id: str | None, prove: bool) -> None:
             raise CloudError("conflict", HELD_BY_COPY)
         if db.readonly:
             return
-        if not id or place != known:
-            id = take_id(db, owner, place)
-        store.create()
-        if owner != id or given and prove:
-            own_store(cloud, " ".join((id, mark)) if owner == id and mark else id)
+        taken = id if id and place == known else take_id(db, owner, place)
+        try:
+            store.create()
+            if owner != taken or given and prove:
+                own_store(cloud, " ".join((taken, mark)) if owner == taken and mark else taken)
+        except OSError:
+            if not id:                           # where a place is taken only by who comes first, nobody would, ever after
+                db.run(Statement("DELETE FROM setting WHERE name IN ('cloud', 'objects') AND (SELECT value FROM setting WHERE name = 'cloud') = ?", (taken,)))
+            raise
     except OSError as error:
         raise CloudError("storage-failed", "%s cannot be used: %s" % (given or "the store", reason_of(error))) from error
 
@@ -19570,7 +19582,8 @@ class Sweep(Duty):
             prefix = "%02x" % shard
             done["manifests"] += self._sweep_manifests(prefix)
             done["condemned"] += self._condemn(prefix, now, whenever if at_once else now - DAY)
-            self._find_orphans(prefix, now)
+            with storing():
+                self._find_orphans(prefix, now)
         done["buried"] = self._bury(now, whenever if at_once else now - KEEP_CONDEMNED, 0 if at_once else KEEP_BURIED)
         done["deleted"] = self._delete(now + at_once)
         return done
@@ -20734,6 +20747,7 @@ class Copying:
         self.target, self.count, self.size = target, 0, 0
         self.bad: dict[str, str] = {}                        # {hash: what is wrong with it}
         self.known: set[str] | None = None                   # what a store elsewhere has, listed once
+        self.doubted: set[str] = set()                       # hashes of what counts as there only if its bytes are right
 
     def run(self, source: Store, rows: Iterable[tuple[str, int, str]], total: int) -> None:
         """Copy what the target lacks of (hash, bytes, name), some at a time.  raises OSError when the target cannot be written
@@ -20746,7 +20760,7 @@ class Copying:
 
         def lacking() -> Iterator[tuple[str, int, str]]:
             for row in rows:
-                if not self._has(*row[1:]):
+                if not self._has(*row):
                     yield row
                 else:
                     progress.add(row[1])
@@ -20762,8 +20776,10 @@ class Copying:
                     progress.add(size)
         progress.end()
 
-    def _has(self, size: int, name: str) -> bool:
+    def _has(self, hash: str, size: int, name: str) -> bool:
         """Is it there, and of its size?  What was shortened since it came is copied once more."""
+        if hash in self.doubted:
+            return read_object(self.target, name, hash)[1] is None
         try:
             return self.target.size(name) == size if self.known is None else name in self.known
         except FileNotFoundError:
@@ -20831,6 +20847,7 @@ def back_up(cloud: Cloud, to: Path) -> tuple[int, int, list[str]]:
             prepare_backup(db, to)
             copying = Copying(Directory(to / "objects"))
             copying.target.create()
+            copying.doubted.update(found_damaged(db))
             copying.run(cloud.blobs.store, stored_objects(cloud.db), *cloud.db.read(OBJECT_BYTES)[0])        # most of it, holding nothing
             db.execute("BEGIN")                                  # IMMEDIATE would keep everybody from writing to the other one, too
             bad, renamed = copy_tables(db)
@@ -20905,6 +20922,13 @@ def prepare_backup(db: sqlite3.Connection, to: Path) -> None:
         raise CloudError("conflict", "%s holds a backup of another cloud; give a directory of its own" % to)
     if 0 < version <= len(MIGRATIONS):
         migrate(db, steps_from(db, version))
+
+
+def found_damaged(db: sqlite3.Connection) -> list[str]:
+    """Hashes of chunks that a verify of the backup found damaged, or that were repaired there since: what lies under their first names is."""
+    if not db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'chunk'").fetchone():
+        return []
+    return [hash for hash, in db.execute("SELECT c.hash FROM main.chunk c JOIN live.chunk l ON l.hash = c.hash WHERE c.bad IS NOT NULL OR c.object <> l.object")]
 
 
 def identity_of(db: sqlite3.Connection, schema: str) -> Any:
@@ -21514,39 +21538,56 @@ def make_once(cloud: Cloud, who: Principal, path: tuple[str, ...]) -> None:
 
 # ---- doctor
 
-def examine(config: Config) -> Iterator[tuple[bool | None, str]]:
-    """Look at everything that is known to go wrong: (is it well? None: nobody could look, sentence)."""
+Look = Tuple[Optional[bool], str]             # is it well? None: nobody could look; and a sentence
+
+
+def examine(config: Config) -> Iterator[Look]:
+    """Look at everything that is known to go wrong."""
+    for look in (examine_machine, examine_disk, examine_cloud, examine_server, examine_certificate):
+        try:
+            yield from look(config)
+        except (CloudError, OSError) as error:               # whatever it is: this is where one comes to hear of it, and of all else
+            yield False, sentence_of(error)
+
+
+def examine_machine(config: Config) -> Iterator[Look]:
     yield sys.version_info >= (3, 9), "Python %s" % sys.version.split()[0]
     yield sqlite3.sqlite_version_info >= (3, 34), "SQLite %s" % sqlite3.sqlite_version
     yield not hasattr(os, "geteuid") or os.geteuid() != 0, "not running as root"
+    now = datetime.now(timezone.utc)
+    yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
+
+
+def examine_disk(config: Config) -> Iterator[Look]:
     usage = shutil.disk_usage(config.data)
     yield usage.free > low_mark(config, usage.total), "%s free on the disk" % format_size(usage.free)
     if os.name == "nt":                          # access lists, which the standard library does not read
         yield None, "not checked: that the data directory is private; see its properties, Security"
     else:
         yield not config.data.stat().st_mode & 0o077, "the data directory is private"
-    began = time.monotonic()
-    probe = config.data / (".probe-" + secrets.token_hex(4))
-    fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(fd, b"x")
-    sync_file(fd)
-    os.close(fd)
-    probe.unlink()
-    yield time.monotonic() - began < 0.5, "writing to the disk takes %.0f ms" % ((time.monotonic() - began) * 1000)
     kind = file_system_of(config.data)
     if kind:
         yield not kind.startswith(("nfs", "cifs", "smb", "fuse.sshfs", "9p")), "the data lie on %s" % kind
     else:
         yield None, "not checked: that the data lie on a disk of this machine; databases do not belong on network drives"
-    now = datetime.now(timezone.utc)
-    yield 2025 < now.year < 2100, "the clock says %s" % now.isoformat(timespec="seconds")
-    yield from examine_cloud(config)
-    yield from examine_server(config)
+    yield probe_disk(config.data)
+
+
+def probe_disk(place: Path) -> Look:
+    """Does a directory take a file, and how soon?"""
+    began, probe = time.monotonic(), place / (".probe-" + secrets.token_hex(4))
+    try:
+        put_file(probe, probe.with_name(probe.name + ".done"), b"x", sync_file)
+        probe.with_name(probe.name + ".done").unlink()
+    except OSError as error:
+        return False, "nothing can be written to %s: %s" % (place, reason_of(error))
+    took = time.monotonic() - began
+    return took < 0.5, "writing to the disk takes %.0f ms" % (took * 1000)
+
+
+def examine_certificate(config: Config) -> Iterator[Look]:
     if config.tls_cert:
-        try:
-            yield tls_context(config) is not None, "the certificate can be used"
-        except CloudError as error:
-            yield False, str(error)
+        yield tls_context(config) is not None, "the certificate can be used"
 
 
 def file_system_of(path: Path) -> str:
@@ -21562,16 +21603,13 @@ def file_system_of(path: Path) -> str:
     return best[1]
 
 
-def examine_cloud(config: Config) -> Iterator[tuple[bool | None, str]]:
-    try:
-        with closing(Cloud(config, how="open")) as cloud:
-            yield from examine_data(cloud)
-            yield from examine_store(cloud) if place_of(config) else ()
-    except (CloudError, OSError) as error:       # whatever it is: this is where one comes to hear of it
-        yield False, str(error)
+def examine_cloud(config: Config) -> Iterator[Look]:
+    with closing(Cloud(config, how="open")) as cloud:
+        yield from examine_data(cloud)
+        yield from examine_store(cloud) if place_of(config) else ()
 
 
-def examine_store(cloud: Cloud) -> Iterator[tuple[bool, str]]:
+def examine_store(cloud: Cloud) -> Iterator[Look]:
     """Everything that is asked of a store elsewhere, once."""
     store, place, data = cloud.blobs.store, place_of(cloud.config), secrets.token_bytes(INLINE_LIMIT)
     name = "%s-%s" % (hashlib.sha256(data).hexdigest(), secrets.token_hex(8))
@@ -21588,7 +21626,7 @@ def examine_store(cloud: Cloud) -> Iterator[tuple[bool, str]]:
     yield not store.has(name), "... deletes it"
 
 
-def examine_data(cloud: Cloud) -> Iterator[tuple[bool | None, str]]:
+def examine_data(cloud: Cloud) -> Iterator[Look]:
     yield not cloud.db.damage(), "the database is whole"
     yield from cloud.db.examine()
     yield cloud.accounts.is_set_up(), "there is an account"
@@ -21600,7 +21638,7 @@ def examine_data(cloud: Cloud) -> Iterator[tuple[bool | None, str]]:
     yield stood <= cloud.clock.wall() + HOUR, "the clock did not go back"
 
 
-def examine_server(config: Config) -> Iterator[tuple[bool | None, str]]:
+def examine_server(config: Config) -> Iterator[Look]:
     with closing(Cloud(config, how="open")) as cloud:
         url = cloud.db.setting("running")
     said = ask(url, "/healthz").strip() if url else ""
@@ -25032,6 +25070,8 @@ def run_backup(cloud: Cloud, given: Arguments) -> int:
     """copy everything to a directory, while the server runs"""
     count, size, damaged = back_up(cloud, given.to)
     print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)), *damaged, sep="\n")
+    if os.stat(given.to).st_dev == os.stat(cloud.config.data).st_dev:
+        print("It is on the same disk as the data, and would be lost with it: is something not mounted?")
     return 1 if damaged else 0
 
 
@@ -25381,10 +25421,7 @@ def check_config(config: Config) -> None:
 
 
 def complain(error: Exception | str, code: int) -> int:
-    says = str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        says = "%s: %s" % (error.filename, reason_of(error))
-    print("cloudserver: %s" % says, file=sys.stderr)
+    print("cloudserver: %s" % (sentence_of(error) if isinstance(error, OSError) else error), file=sys.stderr)
     return code
 
 

@@ -18633,6 +18633,55 @@ RESTORES = {  # where to: the flags of a restore into `home`
     "a database": lambda home, request: ["--database", request.getfixturevalue("database_of")(home, empty=True), "--objects", home / "objects"]}
 
 
+@pytest.mark.parametrize("repaired", [False, True])
+def test_what_was_found_damaged_in_a_backup_is_whole_in_the_next_one(make_cloud, tmp_path, repaired):
+    """S6: whether or not it was repaired there meanwhile; and what is whole is not copied again."""
+    cloud, place = make_cloud(), Config(data=tmp_path / "backup")
+    ann, data = account(cloud), {name: random_bytes(100_000) for name in "abc"}
+    for name, content in data.items():
+        put(cloud, ann, name, content)
+    assert cs.back_up(cloud, place.data) == (3, 300_000, [])
+    for name in "ab":
+        flip(next((place.data / "objects").glob("??/%s-*" % hashlib.sha256(data[name]).hexdigest())))
+    with contextlib.closing(Cloud(place)) as backup:
+        assert sorted(cs.verify(backup)) == ["ann: a: a part is damaged", "ann: b: a part is damaged"]
+        if repaired:
+            cs.export_files(cloud, ann, tmp_path / "out")
+            assert cs.heal(backup, cs.find_healing(backup, tmp_path / "out")) == 2 and cs.verify(backup) == []
+    assert cs.back_up(cloud, place.data) == (2, 200_000, []) and cs.back_up(cloud, place.data) == (0, 0, [])
+    with contextlib.closing(Cloud(place)) as backup:
+        assert cs.verify(backup) == [] and len(list(backup.blobs.store.list())) == 3
+
+
+@of_sqlite("and about the disk of a directory")
+@of_directory("and about the disk of a directory")
+@pytest.mark.parametrize("command, says", [("backup {}", "{}/objects/"), ("restore backup --data {}", "{}/")])
+def test_who_meets_a_full_disk_is_told_which(make_cloud, tmp_path, monkeypatch, capsys, here, command, says):
+    """R18: a backup or a restore has two."""
+    cloud, full = make_cloud(), str(tmp_path / "full")
+    put(cloud, account(cloud), "a", random_bytes(100_000))
+    cs.back_up(cloud, tmp_path / "backup")
+    monkeypatch.chdir(tmp_path)
+    opened, really = {}, os.open
+    monkeypatch.setattr(os, "open", lambda path, *how: (fd := really(path, *how), opened.update({fd: str(path)}))[0])
+    monkeypatch.setattr(os, "write", Refuses(os.write, OSError(errno.ENOSPC, "No space left on device"), only=lambda fd, data: opened[fd].startswith(full)))
+    words = command.format(full).split()
+    assert here(*words, *(("--data", cloud.config.data) if words[0] == "backup" else ())) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("cloudserver: " + str(Path(says.format(full)))) and said.endswith(": No space left on device\n")
+
+
+def test_a_backup_on_the_same_disk_says_so(make_cloud, tmp_path, monkeypatch, capsys, here):
+    """... which is how a disk that nobody mounted looks."""
+    cloud = make_cloud()
+    account(cloud)
+    words = ("backup", tmp_path / "backup", "--data", cloud.config.data)
+    assert here(*words) == 0 and "on the same disk" in capsys.readouterr().out
+    really = os.stat
+    monkeypatch.setattr(cs.os, "stat", lambda place, **how: os.stat_result([*really(place, **how)][:2] + [-1] + [*really(place, **how)][3:]) if place == tmp_path / "backup" else really(place, **how))
+    assert here(*words) == 0 and "on the same disk" not in capsys.readouterr().out
+
+
 @slow
 @needs_fork
 @of_sqlite("where it goes to is said here")
@@ -19479,6 +19528,31 @@ def test_repair_and_verify_look_at_what_is_there_and_not_at_copies(far, tmp_path
     assert cs.heal(far, healings) == 1 and cs.verify(far) == [] and get(far, ann, "a") == data
 
 
+def test_whatever_upkeep_asks_of_a_bucket_that_fails_ends_in_words(s3, keys_in, make_cloud, monkeypatch, caplog):
+    """R19: from the first request on, or from any later one."""
+    keys_in(S3_KEYS.id, S3_KEYS.secret)
+    monkeypatch.setattr(cs, "PATIENCE", 0), monkeypatch.setattr(cs, "PAUSE", 0)
+    cloud = make_cloud(objects=s3.url)
+    cs.settle(cloud)
+    ann, failed = account(cloud), set()
+    for name in "ab":
+        put(cloud, ann, name, random_bytes(100_000))
+    cloud.db.run(Statement("INSERT INTO grave (object, due) VALUES (?, 0)", (object_name(b"a"),)))
+    janitor = cs.Janitor(cloud)
+    for job, (_, work) in cs.JOBS.items():
+        for well in range(4):
+            s3.asked.clear(), s3.faults.clear()
+            s3.faults.extend([None] * well + [503] * 99)
+            janitor._do(job, work)
+            failed |= {job} if janitor.failing else set()
+            if len(s3.asked) <= well:
+                break
+    s3.faults.clear()
+    assert {"objects", "sweep"} <= failed and not [record for record in caplog.records if record.exc_info]
+    cs.check_store(cloud)
+    assert cloud.health() == "ok" and cs.verify(cloud) == []
+
+
 @pytest.mark.parametrize("met", [True, False])
 def test_one_object_that_cannot_be_read_costs_only_itself(s3, keys_in, make_cloud, tmp_path, monkeypatch, met):
     """R25, R26: neither what else is there, nor a backup; and who has the bytes heals it, whether or not somebody met the damage before."""
@@ -19542,6 +19616,13 @@ def test_a_server_whose_bucket_cannot_be_used_says_so_and_ends(s3, tmp_path, key
     with pytest.raises(CloudError) as caught, contextlib.closing(Cloud(config)) as cloud:
         cs.settle(cloud, prove=True)
     assert says in str(caught.value) and S3_KEYS.secret not in str(caught.value)
+    if trouble in ("bucket", "readonly"):        # once that is mended, it is taken
+        s3.bucket, s3.readonly = "bucket", False
+        with contextlib.closing(Cloud(config)) as cloud:
+            cs.settle(cloud, prove=True)
+            assert cloud.blobs.store.owner() == cloud.db.setting("cloud") != ""
+        s3.objects.clear()
+        s3.bucket = "other" if trouble == "bucket" else "bucket"
     if trouble in ("bucket", "full"):
         done = run("serve", "--data", tmp_path / "data", "--port", "0", "--objects", s3.url)
         assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
@@ -26006,6 +26087,20 @@ def test_doctor_says_what_it_has_looked_at(serve):
     assert "no server runs" in run("doctor", "--alive", "--data", served.data).stdout
     absent = run("doctor", "--data", served.data.with_name("absent"))
     assert absent.returncode == 1 and re.search("holds no cloud|is not a directory", absent.stderr) and not served.data.with_name("absent").exists()
+
+
+@pytest.mark.parametrize("number, does", [(errno.ENOSPC, "write"), (errno.EIO, "write"), (errno.EROFS, "open"), (errno.EACCES, "open")])
+def test_doctor_goes_on_whatever_the_disk_says(make_cloud, monkeypatch, capsys, here, number, does):
+    """... and leaves nothing there."""
+    cloud = make_cloud()
+    account(cloud)
+    before = set(os.listdir(cloud.config.data))
+    is_probe = {"write": lambda fd, data: data == b"x", "open": lambda path, *_: ".probe-" in str(path)}[does]
+    monkeypatch.setattr(os, does, Refuses(getattr(os, does), OSError(number, "it takes none"), only=is_probe))
+    assert here("doctor", "--data", cloud.config.data) == 1
+    told = capsys.readouterr().out
+    assert "LOOK  nothing can be written to %s: it takes none\n" % cloud.config.data in told and "the database is whole" in told and "no server runs" in told
+    assert not [name for name in set(os.listdir(cloud.config.data)) - before if "probe" in name]
 
 
 def test_the_image_uses_settings_and_commands_there_are():
