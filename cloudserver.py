@@ -902,7 +902,13 @@ def parse_http_date(text: str) -> int | None:
 
 def format_time(at: int) -> str:
     """ms since 1970 to "2026-11-23T13:00:00.000Z" (RFC 3339)."""
-    return (_EPOCH + timedelta(milliseconds=at)).isoformat(timespec="milliseconds") + "Z"
+    day, rest = divmod(at, DAY)
+    return "%sT%02d:%02d:%02d.%03dZ" % (_iso_day(day), rest // HOUR, rest // MINUTE % 60, rest // SECOND % 60, rest % SECOND)
+
+
+@lru_cache(maxsize=1024)
+def _iso_day(day: int) -> str:
+    return (_EPOCH + timedelta(days=day)).date().isoformat()
 
 
 def parse_time(value: Any) -> int:
@@ -17348,10 +17354,11 @@ class ListForm(NamedTuple):
     tail: str
 
 
+LIST_JSON = json.JSONEncoder(ensure_ascii=False).encode
 LIST_FORMS = {
-    "json": ListForm("application/json", "[", lambda node, href: json.dumps({
+    "json": ListForm("application/json", "[", lambda node, href: LIST_JSON({
         "name": node.name, "kind": "collection" if node.kind else "file", "size": node.size, "mtime": format_time(node.mtime),
-        "etag": node.etag}, ensure_ascii=False), ",\n", "]\n"),
+        "etag": node.etag}), ",\n", "]\n"),
     "links": ListForm("text/html", "", lambda node, href: E("a", node.name + "/" * node.kind, href=href) + "\n", "", ""),
     "lines": ListForm("text/plain", "", lambda node, href: node.name + "/" * node.kind + "\n", "", "")}
 FOLLOWS_LINKS = re.compile("wget|lftp", re.I)            # sees nothing in a plain list
@@ -17384,8 +17391,9 @@ def dav_list(cloud: Cloud, who: Principal, request: Request, path: tuple[str, ..
     spool, base, between = Spool(), dav_href(request, path, True), ""
     spool.write(form.head)
     with cloud.files.listing(who, path) as (node, now):
-        for child in watched(now.children(node.node), request.check_alive):
-            spool.write(between + form.row(child, base + quote(child.name, safe="~") + "/" * child.kind))
+        for some in portions(now.children(node.node)):
+            request.check_alive()
+            spool.write(between + form.between.join([form.row(child, child_href(base, child)) for child in some]))
             between = form.between
     spool.write(form.tail)
     return spool.response(200, fields)
@@ -17778,9 +17786,13 @@ def list_properties(request: Request, base: str, node: Node, about: About, quest
     answer.tell(base, node, about)
     for some in portions(children):
         request.check_alive()
-        answer.tell_each([base + (child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")) + "/" * child.kind
-                          for child in some], some, about)
+        answer.tell_each([child_href(base, child) for child in some], some, about)
     return answer.response()
+
+
+def child_href(base: str, child: Node) -> str:
+    """The address of what a collection holds, whose own address is `base`."""
+    return base + (child.name if _PLAIN.fullmatch(child.name) else quote(child.name, safe="~")) + "/" * child.kind
 
 
 def is_minimal(request: Request) -> bool:
