@@ -4354,6 +4354,7 @@ def match_words(word: str) -> str:
     return '"%s"*' % spread(word)
 
 
+LOG_PAGES = 4000                # in the log when a commit takes them into the file, and all others wait; one page of the log's index tells of 4,062
 SETTINGS = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1",
             "PRAGMA journal_size_limit = %d" % (64 * MiB))
 
@@ -4649,7 +4650,7 @@ class Sqlite(Database):
             db.execute("PRAGMA mmap_size = 0")
             if writes:
                 db.execute("PRAGMA temp_store = MEMORY")     # what undoes a statement or a batch: else a file is made for each
-            db.execute("PRAGMA wal_autocheckpoint = %d" % (1000 if writes else 0))
+            db.execute("PRAGMA wal_autocheckpoint = %d" % (LOG_PAGES if writes else 0))
         except sqlite3.Error:
             db.close()
             raise
