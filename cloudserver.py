@@ -18016,18 +18016,19 @@ def ocs(name: str) -> list[str]:
 
 
 OCS_CODES = {200: 100, 401: 997, 500: 996}       # what version 1 says instead of HTTP's
+OCS_HEARD = {401, 429}                           # of what is refused, what version 1 says by HTTP as well
 OCS_NO_FUNCTION = 998                            # the same, of a function that is not there: 404 is for a thing
 
 
 def ocs_response(request: Request, data: Any, status: int = 200, message: str = "OK", code: int | None = None, **fields: str) -> Response:
-    """An envelope, as JSON or XML.  Version 1 has codes of its own, and answers 200 to what it refuses (400, 403, 404)."""
+    """An envelope, as JSON or XML.  Version 1 has codes of its own, and answers 200 to what it refuses, to all but OCS_HEARD."""
     first = request.path[1] == "v1.php"
     answer = {"meta": {"status": "ok" if status == 200 else "failure", "message": message, "totalitems": "", "itemsperpage": "",
                        "statuscode": code or OCS_CODES.get(status, status) if first else status}, "data": data}
     wants_json = request.argument("format") == "json" or "json" in request.fields.get("accept", "")
     body, media = ((format_json({"ocs": answer}), "application/json; charset=utf-8") if wants_json else
                    (format_xml(ocs_element("ocs", answer)), XML_TYPE))
-    return Response(200 if first and status in (400, 403, 404) else status, body, {"Content-Type": media, "Cache-Control": "no-store", **fields})
+    return Response(200 if first and 400 <= status < 500 and status not in OCS_HEARD else status, body, {"Content-Type": media, "Cache-Control": "no-store", **fields})
 
 
 def ocs_element(name: str, value: Any) -> Markup:
@@ -18312,7 +18313,9 @@ def ocs_decline(cloud: Cloud, who: Principal, request: Request, id: str) -> Resp
 def ocs_give(cloud: Cloud, who: Principal, request: Request) -> Response:
     """Share a file or folder with an account or group, or by a link."""
     form = read_form(request)
-    path = split_path(form.get("path", ""))
+    if not form.get("path"):
+        raise CloudError("not-found", "say what to share: path")
+    path = split_path(form["path"])
     node = cloud.files.stat(who, path)
     kind = next((kind for kind, number in OCS_KINDS.items() if form.get("shareType") == str(number)), None)
     if kind is None:

@@ -13551,15 +13551,18 @@ def test_nextclouds_clients_have_versions_previews_and_search_of_what_is_shared(
     assert call("MOVE", trashed, user="bob", Destination="/remote.php/dav/trashbin/bob/restore/x").status == 404 == call("DELETE", trashed, user="bob").status
 
 
-def test_refusals_of_ocs_have_the_codes_of_both_versions(call, cloud, ann):
-    put(cloud, ann, "d/f", b"x", parents=True)
-    asked = {"path=/no&shareType=3": 404, "path=/d&shareType=9": 400, "path=/&shareType=3": 403, "path=/d&shareType=0&shareWith=nobody": 404}
+def test_refusals_of_ocs_have_the_codes_of_both_versions(call, cloud, ann, bob):
+    put(cloud, ann, "d/f", b"x", parents=True), give(cloud, ann, "d", "bob")
+    asked = {"path=/no&shareType=3": 404, "path=/d&shareType=9": 400, "path=/&shareType=3": 403, "path=/d&shareType=0&shareWith=nobody": 404,
+             "shareType=3": 404, "path=/d&shareType=0&shareWith=bob": 409, "path=/d&shareType=3&expireDate=tomorrow": 400, "path=/d&shareType=3&password=short": 400}
     for version in ("v1", "v2"):
         for form, code in asked.items():
             for kind in ("json", "xml"):
                 answer = call("POST", OCS_SHARING % version + "shares?format=" + kind, form, Content_Type="application/x-www-form-urlencoded")
                 meta = answer.json()["ocs"]["meta"] if kind == "json" else {part.tag: part.text for part in cs.read_xml(answer.body).find("meta")}
                 assert (answer.status, meta["status"], int(meta["statuscode"])) == (200 if version == "v1" else code, "failure", code) and meta["message"]
+    guess = {version: call("GET", OCS_SHARING % version + "shares?format=json", user=None, Authorization=basic("ann", "a wrong one")) for version in ("v1", "v2")}
+    assert [(answer.status, answer.json()["ocs"]["meta"]["statuscode"]) for answer in guess.values()] == [(401, 997), (401, 401)]         # all clients ask for the password then
 
 
 def test_nextclouds_clients_find_whom_to_share_with(call, cloud, ann, bob):
