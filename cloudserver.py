@@ -17297,9 +17297,20 @@ def read_dav_conditions(request: Request) -> Preconditions:
     lists = parse_if(request.fields["if"])
     tokens = frozenset(value for _, conditions in lists for _, kind, value in conditions if kind == "token")
     return given._replace(tokens=tokens, lists=tuple(
-        (None if resource is None else read_resource(request, resource), conditions) for resource, conditions in lists))
+        (None if resource is None else read_bare_target(request, resource) or read_resource(request, resource), conditions) for resource, conditions in lists))
 
 
+def read_bare_target(request: Request, uri: str) -> tuple[str, ...] | None:
+    """The target of a request, if a URI in its If is that, not encoded: so Nextcloud's desktop client names a file it has locked, as 100%.odt."""
+    if "mirall" not in request.fields.get("user-agent", ""):
+        return None
+    target = read_destination(request) if "destination" in request.fields else request.path[len(request.door.names):] if request.door else ()
+    words = re.sub(_ORIGIN, "", uri.encode("latin-1").decode("utf-8", "replace"))
+    addresses = ((*request.prefix, *(request.who.name if name == "<owner>" else name for name in door.names), *target) for door in DOORS if door.by == "account")
+    return target if any(words == "/" + "/".join(address) for address in addresses) else None
+
+
+_ORIGIN = r"(?i)\Ahttps?://[^/]*"
 _USERINFO = r"(?i)\A(https?://)[^/?#]*@"
 
 

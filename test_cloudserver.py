@@ -16995,6 +16995,20 @@ def test_locks_as_nextclouds_clients_take_and_show_them(call, address, cloud, an
     assert call("UNLOCK", "/dav/d", Lock_Token=deep.headers["lock-token"]).status == 204
 
 
+@pytest.mark.parametrize("name", ["a b.odt", "\u00e9 c.odt", "100% x.odt", "a%20b.odt", "a#b?.odt"])
+def test_the_desktop_client_writes_what_it_has_locked_whatever_its_name(call, address, cloud, ann, name):
+    """It names the file in If as it is, and only itself; a file of another name does not count for it."""
+    put(cloud, ann, name), put(cloud, ann, "other", b"1")
+    place, upload, agent = FILES + "/" + cs.quote(name), UPLOADS + "77", {"User_Agent": "Mozilla/5.0 (Linux) mirall/3.16.0 (Nextcloud, debian)"}
+    token = lock_told(call("LOCK", place, None, X_User_Lock="1", X_User_Lock_Type="2", **agent).body)["lock-token"]
+    words = lambda name: ("<http://%s:%d%s/%s> (<opaquelocktoken:%s>)" % (*address[:2], FILES, name, token)).encode().decode("latin-1")
+    assert call("PUT", place, b"no", **agent).status == 423 and call("PUT", place, b"no", If=words("other"), **agent).status == 412
+    assert call("PUT", place, b"22", If=words(name), **agent).status == 204
+    assert call("MKCOL", upload).status == 201 == call("PUT", upload + "/00001", b"chunk").status
+    assert call("MOVE", upload + "/.file", None, Destination="http://%s:%d%s" % (*address[:2], place), If=words(name), OC_Total_Length="5", **agent).status == 204
+    assert get(cloud, ann, name) == b"chunk"
+
+
 def test_locks_by_ocs(call, cloud, ann, bob):
     node, other = put(cloud, ann, "d/f", parents=True).node, put(cloud, ann, "private").node
     give(cloud, ann, "d", "bob", role="edit")
