@@ -17520,8 +17520,8 @@ class Scattered(About):
 
     def __init__(self, cloud: Cloud, who: Principal) -> None:
         super().__init__(cloud, who, None, None)
-        self.locks = lambda node: []
-        self._fetch.update(digests=dict, pictured=lambda: cloud.pictures.known(who), dead=lambda: {
+        self.nodes: Sequence[Node] = ()          # all that are told of, if locks are
+        self._fetch.update(digests=dict, locks=lambda: cloud.locks.among(cloud.tree.mounts.seen_by(who), self.nodes), pictured=lambda: cloud.pictures.known(who), dead=lambda: {
             node.node: {STAR: STARRED} for _, node in cloud.files.stars.list(who)})
 
 
@@ -18919,10 +18919,11 @@ def read_wanted(request: Request, where: str) -> tuple[tuple[str, ...], list[tup
 
 # ---- favourites and search
 
-def nc_rows(request: Request, about: About, base: tuple[str, ...], names: Sequence[str],
+def nc_rows(request: Request, about: Scattered, base: tuple[str, ...], names: Sequence[str],
             rows: Iterable[tuple[tuple[str, ...], Node]]) -> Response:
     """A multistatus of nodes from everywhere, (path, node), below an address."""
-    answer = Multistatus(names, NC_FILES, complete=not is_minimal(request))
+    answer, rows = Multistatus(names, NC_FILES, complete=not is_minimal(request)), list(rows)
+    about.nodes = [node for _, node in rows]
     for path, node in rows:
         answer.tell(request.href(base + path) + "/" * node.kind, node, about)
     return answer.response()

@@ -16992,6 +16992,14 @@ def test_locks_as_nextclouds_clients_take_and_show_them(call, address, cloud, an
     assert call("UNLOCK", "/dav/d/f", Lock_Token=take.headers["lock-token"]).status == 204
     deep = call("LOCK", "/dav/d", LOCK_BODY, Depth="infinity")
     assert shown("bob")["lock-owner"] == "ann" and hold("bob").status == 423 and free("bob").status == 412            # what a lock above holds
+    put(cloud, ann, "free"), favor(call, FILES + "/d/f", 1), favor(call, FILES + "/free", 1)
+    asked, props = compare("eq", "oc:favorite", "1"), "<d:prop><nc:lock/><d:displayname/></d:prop>"
+    namespaces = "xmlns:d='DAV:' xmlns:oc='http://owncloud.org/ns' xmlns:nc='http://nextcloud.org/ns'"
+    for method, where, body in [          # what comes from everywhere is told as lists tell it
+            ("REPORT", FILES, "<oc:filter-files %s>%s<oc:filter-rules><oc:favorite>1</oc:favorite></oc:filter-rules></oc:filter-files>" % (namespaces, props)),
+            ("SEARCH", "/remote.php/dav", "<d:searchrequest %s><d:basicsearch><d:select>%s</d:select><d:from><d:scope><d:href>/files/ann</d:href></d:scope></d:from>"
+             "<d:where>%s</d:where></d:basicsearch></d:searchrequest>" % (namespaces, props, asked))]:
+        assert {about["displayname"]: about["lock"] for about in dav(call, method, where, body).values()} == {"f": "1", "free": None}
     assert call("UNLOCK", "/dav/d", Lock_Token=deep.headers["lock-token"]).status == 204
 
 
