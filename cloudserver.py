@@ -21571,11 +21571,14 @@ Look = Tuple[Optional[bool], str]             # is it well? None: nobody could l
 
 def examine(config: Config) -> Iterator[Look]:
     """Look at everything that is known to go wrong."""
+    said = ""
     for look in (examine_machine, examine_disk, examine_cloud, examine_server, examine_certificate):
         try:
             yield from look(config)
         except (CloudError, OSError) as error:               # whatever it is: this is where one comes to hear of it, and of all else
-            yield False, sentence_of(error)
+            if said != sentence_of(error):
+                yield False, sentence_of(error)
+            said = sentence_of(error)
 
 
 def examine_machine(config: Config) -> Iterator[Look]:
