@@ -20588,8 +20588,12 @@ def show_qr(text: str) -> None:
         print(code, "\n")
 
 
+SWITCH = 0.001                  # seconds for which a thread that computes lets others of its worker wait; Python's own 5 ms are met at each step of an answer
+
+
 def work(config: Config, listener: socket.socket, lifeline: int | None = None, balance: Balance | None = None) -> int:
     """Be a worker until told to stop; returns the exit code."""
+    sys.setswitchinterval(SWITCH)
     cloud = Cloud(config)
     server, janitor, moved = CloudServer(cloud, listener, lifeline, balance), Janitor(cloud), threading.Event()
     janitor.on_moved = lambda: (moved.set(), server.stop())
