@@ -2206,14 +2206,17 @@ def test_what_fails_once_or_twice_is_tried_again(s3, tmp_path, monkeypatch, faul
 
 
 def test_who_does_not_answer_is_away_and_left_alone_for_a_while(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(cs, "PATIENCE", 0.5)
+    monkeypatch.setattr(cs, "PAUSE", 600)
+    monkeypatch.setattr(cs.time, "sleep", lambda seconds: None)
     store = s3.store(tmp_path)
     store.put(object_name(b"a"), b"a")
-    s3.faults.extend([503] * 100)
+    s3.faults.extend([503] * 10_000)
+    asked = len(s3.asked)
+    monkeypatch.setattr(cs, "PATIENCE", 3)       # as a pause grows longer than that
     with pytest.raises(cs.Away):
         store.owner()
+    assert len(s3.asked) > asked + 1 and "503 SlowDown" in store.trouble()
     asked = len(s3.asked)
-    assert asked > 2 and "503 SlowDown" in store.trouble()
     for verb in store.has, store.size, store.delete, lambda name: store.put(object_name(b"b"), b"b"), lambda name: list(store.list()):
         with pytest.raises(cs.Away):
             verb(object_name(b"a"))
@@ -4058,7 +4061,7 @@ def test_what_is_no_primary_or_too_old_is_said(fake_postgres):
 
 
 def test_who_does_not_greet_in_time_is_not_waited_for(fake_postgres, monkeypatch):
-    monkeypatch.setattr(cs, "PG_START", 0.1)
+    monkeypatch.setattr(cs, "PG_START", 1)               # enough to come as far as that
     with pytest.raises(cs.PgLost, match="no answer"):
         reach_postgres(fake_postgres(lambda server, sock: sock.sendall(authentication(0))).url)
 
@@ -4624,9 +4627,10 @@ def test_a_server_that_works_with_the_lock_is_not_ended_however_long_that_takes(
     monkeypatch.setattr(cs, "END_HOLDER", cs.END_HOLDER.replace("5 s", "0 s"))
     monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
     other, wire = open_db(), db.writer.wire()
-    wire.script("BEGIN; " + cs.LOCK_COMMITS)
-    work = threading.Thread(target=wire.script, args=("SELECT pg_sleep(0.5); COMMIT",))
-    work.start()
+    work = threading.Thread(target=wire.script, args=("BEGIN; %s; SELECT pg_sleep(0.5); COMMIT" % cs.LOCK_COMMITS,))
+    work.start()                                 # in one: it works all the time
+    assert eventually(lambda: other.read("SELECT 1 FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database() "
+                                         "AND locktype = 'advisory' AND objid = ? AND granted", (cs.COMMITS,)) or not work.is_alive())
     other.run(cs.put_setting("a", "1"))
     work.join(60)
     assert not wire.broken and db.setting("a") == "1"
@@ -5169,7 +5173,10 @@ def test_all_who_read_may_have_a_lease_and_none_sees_less_than_was_acknowledged(
             begun[0] = number
             put_number(rng.choice(writers), number)
             acknowledged[0] = number
-            time.sleep(rng.choice([0, 0.01, 0.1, 0.2]))
+            if number % 8:
+                time.sleep(rng.choice([0, 0.01, 0.1, 0.2]))
+            else:                                # the next to write meets a lease of each
+                eventually(lambda: all(time.monotonic() < reader._lease._until for reader in readers) and all(counts[reader, True] for reader in readers))
         ended.set()
         assert [thread.result() for thread in threads] == [None] * 6
     print({held: sum(count for (_, one), count in counts.items() if one == held) for held in (True, False)})
@@ -14579,8 +14586,8 @@ def test_a_slow_head_is_given_up(address, monkeypatch):
 
 def test_a_body_that_trickles_is_given_up(address, call, monkeypatch):
     """R34"""
-    monkeypatch.setattr(cs, "BODY_WINDOW", 1)
     call("PUT", "/dav/a", b"old")
+    monkeypatch.setattr(cs, "BODY_WINDOW", 1)
     received = raw(address, request_bytes("PUT", "/dav/a", b"", "Content-Length: 500000") + b"x")
     assert statuses(received) == [408] and call("GET", "/dav/a").body == b"old"
 
@@ -20029,7 +20036,8 @@ def test_a_sync_that_is_told_to_stop_stops_soon(serve, tmp_path, how, kind):
 @needs_fork
 def test_workers_that_end_as_they_begin_are_replaced_more_and_more_slowly(tmp_path):
     """and a supervisor that is told to stop meanwhile stops at once, and starts none any more"""
-    program = [sys.executable, "-c", IMPORT + "; cs.work = lambda *args: 1 / 0; sys.exit(cs.main())"]
+    program = [sys.executable, "-c", IMPORT + "; cs.work = lambda *args: 1 / 0; wait = cs.Halt.wait; "
+               "cs.Halt.wait = lambda halt, seconds: wait(halt, seconds if seconds < 1 else 600); sys.exit(cs.main())"]       # the third time, until it is told
     served = Served(tmp_path / "d", "--workers", 2, program=program)
     lines = []
     for line in served.process.stderr:
