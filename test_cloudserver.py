@@ -19978,7 +19978,7 @@ fork = cs.Supervisor._fork
 def work(*args):
     if rng.random() < 0.3: return 0
     cs.on_signals([signal.SIGTERM], lambda *args: os._exit(0))
-    while True: time.sleep(60)
+    while True: time.sleep(0.1)                  # a signal that comes just before it is heard only after it
 def begin(supervisor, index):
     rng.random(), fork(supervisor, index)
     if index: signal.setitimer(signal.ITIMER_REAL, 1e-6 + rng.random() * rng.choice([1e-4, 1e-3, 1e-2]))
