@@ -2279,6 +2279,55 @@ def test_that_there_is_nothing_or_all_was_done_is_believed_of_whoever_has_the_bu
     assert s3.objects == before
 
 
+MISHAPS = [500, 502, 503, 507, 403, 404, 301, "reset", "cut", "page", "mute", (404, b"<html/>"), (400, b"<Error><Code>IncompleteBody</Code></Error>")]
+
+
+def test_whatever_befalls_requests_what_is_told_is_so(s3, tmp_path, rng, monkeypatch):
+    """Or nothing is told: what is stored is never said to be missing, nor what is not to be stored, nor other bytes to be its own."""
+    monkeypatch.setattr(cs, "PATIENCE", 0), monkeypatch.setattr(cs, "PAUSE", 0)
+    store, there, unsure, told = s3.store(tmp_path), {}, {}, Counter()
+    store.own("x")
+
+    def ask(verb, *allowed):
+        s3.faults.clear()
+        s3.faults.extend(rng.choice(MISHAPS) if rng.random() < 0.4 else None for _ in range(4))
+        try:
+            return verb()
+        except OSError as error:
+            assert type(error) in (cs.Away, *allowed), error
+            return "away"
+    for step in range(400):
+        name, data = rng.choice([*there.items()]) if there and rng.random() < 0.8 else (object_name(b"%d" % step), b"%d" % step)
+        act, is_there = rng.choice(["put", "put", "get", "has", "holds", "size", "list", "owner", "is_vacant", "forget", "delete"]), name in there
+        if act == "put" and not is_there:
+            got = ask(lambda: store.put(name, data) and None)
+            (unsure if got == "away" else there)[name] = data
+        elif act == "get":
+            got = ask(lambda: store.get(name).read(), cs.Damaged, *(() if is_there else (FileNotFoundError,)))
+            assert got in (data, "away")
+        elif act == "holds":
+            got = ask(lambda: store.holds(name, data)), ask(lambda: store.holds(name, b"not " + data))
+            assert got[1] is not True and (is_there or got[0] is not True)
+        elif act in ("has", "size"):
+            got = ask(lambda: getattr(store, act)(name), *(() if is_there else (FileNotFoundError,)))
+            assert got in (("away", {"has": True, "size": len(data)}[act]) if is_there else ("away", False))
+        elif act == "list":
+            got = ask(lambda: list(store.list()))
+            assert got == "away" or there.keys() <= set(got) <= there.keys() | unsure.keys()
+        elif act in ("owner", "is_vacant"):
+            got = ask(getattr(store, act))
+            assert got in ("away", "x" if act == "owner" else False)
+        elif act == "delete" and is_there and rng.random() < 0.3:
+            unsure[name] = there.pop(name)
+            got = ask(lambda: store.delete(name))
+        else:
+            store.forget(name)
+            continue
+        told[act, str(got) == "away" or got == ("away", "away")] += 1
+    s3.faults.clear()
+    assert {name: store.read(name) for name in there} == there and min(told[act, False] for act, _ in told) > 0, told
+
+
 @pytest.mark.parametrize("ahead", [-7200, 7200])
 def test_a_clock_that_is_wrong_is_set_by_the_other_sides(s3, tmp_path, ahead):
     store, s3.ahead = s3.store(tmp_path), ahead
