@@ -23813,15 +23813,19 @@ class Planner:
     # ---- comparing (invariant 1)
 
     def holds(self, path: str, node: There | Base) -> bool:
-        """Does a file hold those bytes?  Each is read once a round, however often it is asked for."""
-        sizes = tuple(size for _, size in chunks_of(node))
+        """Does a file hold those bytes?"""
+        return self.content(path, node) == node.content
+
+    def content(self, path: str, like: There | Base) -> str | None:
+        """What names the bytes of a file, cut where a node is; None if it cannot be read.  Each is read once a round, however often it is asked for."""
+        sizes = tuple(size for _, size in chunks_of(like))
         if (path, sizes) not in self._contents:
             try:
-                self._contents[path, sizes] = self.folder.content(path, node)
+                self._contents[path, sizes] = self.folder.content(path, like)
             except OSError as error:
                 self.session.complain(path, error)
-                return False
-        return self._contents[path, sizes] == node.content
+                return None
+        return self._contents[path, sizes]
 
     def state_here(self, key: str) -> str:
         """As the function of this name, in doubt after a look at the bytes."""
@@ -23933,6 +23937,53 @@ class Planner:
         return False
 
 
+class Newcomers:
+    """What is here and known nowhere: something of base may be there now, told by inode, or by time, and content.
+
+    However many files look alike, each is looked at once: those of a look are sorted by what they hold, as far as was asked for.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner, self.memory, self.here = planner, planner.memory, planner.session.scan.here
+        self.alike: dict[tuple[Any, ...], list[str]] = {}        # {look: keys}
+        self.sorted: dict[tuple[Any, ...], tuple[Iterator[str], dict[str | None, deque[str]]]] = {}     # {(look, sizes of chunks): (keys to be looked at, {content: keys})}
+        for key, found in self.here.items():
+            if key not in self.memory.base and key not in self.memory.there:
+                for look in self._looks(found):
+                    self.alike.setdefault(look, []).append(key)
+
+    def _looks(self, node: Here | Base) -> list[tuple[Any, ...]]:
+        """As known_by; a file that moved has its time still, whatever else it is known by."""
+        return known_by(node) if node.kind else [(*mark, node.size, node.mtime_ns) for mark in known_by(node)]
+
+    def find(self, key: str, base: Base, taken: Collection[str]) -> str | None:
+        """Where something of base is now, but for what was taken: that stays so."""
+        find = self._directory if base.kind else self._file
+        return next((new for look in self._looks(base) if look in self.alike for new in find(key, base, look, taken)), None)
+
+    def _directory(self, key: str, base: Base, look: tuple[Any, ...], taken: Collection[str]) -> Iterator[str]:
+        """An inode may be used again: something in it must be known."""
+        inside = [other[len(key):] for other in self.memory.below("base", key)[1:]]
+        return (new for new in self.alike[look] if self._is_free(new, taken) and (not inside or any(new + rest in self.here for rest in inside)))
+
+    def _file(self, key: str, base: Base, look: tuple[Any, ...], taken: Collection[str]) -> Iterator[str]:
+        waiting, found = self.sorted.setdefault((look, *(size for _, size in chunks_of(base))), (iter(self.alike[look]), {}))
+        while True:
+            keys = found.get(base.content, deque())
+            while keys and not self._is_free(keys[0], taken):
+                keys.popleft()
+            if keys:
+                yield keys[0]
+                return
+            new = next((new for new in waiting if self._is_free(new, taken)), None)
+            if new is None:
+                return
+            found.setdefault(self.planner.content(self.here[new].path, base), deque()).append(new)
+
+    def _is_free(self, new: str, taken: Collection[str]) -> bool:
+        return new not in taken and new in self.here
+
+
 # ==== 36. Sync client ====================================================================
 #
 # Doing it.  The invariants are those of the room Folder.
@@ -23987,8 +24038,8 @@ class Mover:
                 continue                         # a parent took it along, or something is in the way
             at = key
             if key not in here:                  # if it was renamed here, too, the server's name counts
-                newcomers = newcomers or self._newcomers()
-                at = self._twin_of(key, base, newcomers, ())
+                newcomers = newcomers or Newcomers(self.planner)
+                at = newcomers.find(key, base, ())
                 if at is None or self.planner.owner(at) != self.planner.owner(new) or base.kind and len(memory.below("base", key)) == 1:
                     continue                     # nothing but an inode, which may be used again, speaks for an empty directory
             elif self.planner.state_here(key) != "same":
@@ -24060,7 +24111,7 @@ class Mover:
 
     def _follow_here(self, gone: list[str]) -> bool:
         """What vanished in one place and turned up in another; was anything moved?"""
-        memory, here, newcomers = self.memory, self.session.scan.here, self._newcomers()
+        memory, here, newcomers = self.memory, self.session.scan.here, Newcomers(self.planner)
         steps: dict[str, list[tuple[str, str]]] = {"move": [], "cross": [], "back": []}
         taken = set(self.planner.crossing.values())
         for key in sorted(gone, key=lambda key: (key.count("/"), key)):
@@ -24068,27 +24119,13 @@ class Mover:
             if base is None or not taken.isdisjoint(lineage(key)) or state_there(base, memory.there.get(key)) != "same" \
                     or self.planner.is_left_out(key) or top_of(key) in self.planner.ended:
                 continue
-            new = key if key in here else self._twin_of(key, base, newcomers, taken)
+            new = key if key in here else newcomers.find(key, base, taken)
             if new is not None:
                 steps[self._verdict(key, new)].append((key, new))
                 taken.update((key, new))
         for key, new in steps["cross"]:
             self._cross(key, new)
         return any([*(self._move_back(key, new) for key, new in steps["back"]), *(self._move_there(some) for some in pieces(steps["move"]))])
-
-    def _newcomers(self) -> dict[Any, list[str]]:
-        """{what a node is known by: keys} of what is here and known nowhere."""
-        found: dict[Any, list[str]] = {}
-        for key, here in self.session.scan.here.items():
-            if key not in self.memory.base and key not in self.memory.there:
-                for mark in known_by(here):
-                    found.setdefault(mark, []).append(key)
-        return found
-
-    def _twin_of(self, key: str, base: Base, newcomers: dict[Any, list[str]], taken: Collection[str]) -> str | None:
-        """Where something of base is now, told by inode, or by time, and content."""
-        return next((new for mark in known_by(base) for new in newcomers.get(mark, ())
-                     if new not in taken and new in self.session.scan.here and self._is_moved(key, base, new)), None)
 
     def _verdict(self, key: str, new: str) -> str:
         """What becomes of a rename here: a move, a copy whose source ends when that has arrived ("cross"), or none at all ("back")."""
@@ -24119,15 +24156,6 @@ class Mover:
                 self.planner.owner(key) or self.planner.owner(new))
             return True
         return False
-
-    def _is_moved(self, key: str, base: Base, new: str) -> bool:
-        found = self.session.scan.here[new]
-        if found.kind != base.kind:
-            return False
-        if base.kind:                            # an inode may be used again: something in it must be known
-            inside = [other for other in self.memory.base if other.startswith(key + "/")]
-            return not inside or any(new + other[len(key):] in self.session.scan.here for other in inside)
-        return (found.size, found.mtime_ns) == (base.size, base.mtime_ns) and self.planner.holds(found.path, base)
 
     def _knows_what_holds(self, new: str) -> bool:
         """Are the collections that hold a node here known?  The scan did not see those that were made for what was renamed here."""

@@ -21006,6 +21006,27 @@ def test_renames_cost_a_rename_on_both_sides(laptop, cloud, ann):
     assert two.run().downloaded == 0 and two.tree() == tree(cloud, ann)
 
 
+@pytest.mark.parametrize("differ", [True, False], ids=["other bytes", "the same bytes"])
+def test_renames_of_many_that_look_alike_cost_a_look_at_each(laptop, cloud, ann, monkeypatch, differ):
+    """Nothing but what they hold tells them apart, as on Windows, where a file has no inode: each is read once, and asked for a few times."""
+    one, many, asked, read = laptop(), 150, Counter(), Counter()
+    for n in range(many):
+        one.write("old/%03d" % n, "%05d" % (n if differ else 0))
+        os.utime(one.path / ("old/%03d" % n), ns=(10**18, 10**18))
+    one.run()
+    (one.path / "new").mkdir()
+    for n in reversed(range(many)):
+        shutil.copy2(one.path / ("old/%03d" % n), one.path / ("new/%03d" % (many - n)))      # all are there before one goes: no inode comes again
+    shutil.rmtree(one.path / "old")
+    is_free, content = cs.Newcomers._is_free, cs.Folder.content
+    monkeypatch.setattr(cs.Newcomers, "_is_free", lambda self, new, taken: asked.update([new]) or is_free(self, new, taken))
+    monkeypatch.setattr(cs.Folder, "content", lambda self, path, like: read.update([path]) or content(self, path, like))
+    tally = one.run()
+    assert (tally.moved, tally.uploaded, tally.downloaded, tally.deleted_there) == (many, 0, 0, 0) and tally.conflicts == 0
+    assert set(read) == {"new/%03d" % n for n in range(1, many + 1)} and max(read.values()) == 1 and max(asked.values()) <= 4
+    assert one.tree() == tree(cloud, ann) and len(one.tree()) == many + 1
+
+
 def test_what_was_renamed_on_both_sides_is_there_once(laptop, cloud, ann):
     """The server's name counts; what was changed in it on either side is kept."""
     one, two = laptop("one"), laptop("two")
