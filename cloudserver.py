@@ -23827,6 +23827,9 @@ class Planner:
                 return None
         return self._contents[path, sizes]
 
+    def forget_contents(self) -> None:
+        self._contents = {}
+
     def state_here(self, key: str) -> str:
         """As the function of this name, in doubt after a look at the bytes."""
         base, here = self.memory.base.get(key), self.session.scan.here.get(key)
@@ -23945,6 +23948,7 @@ class Newcomers:
 
     def __init__(self, planner: Planner) -> None:
         self.planner, self.memory, self.here = planner, planner.memory, planner.session.scan.here
+        self.seen = dict(self.here)
         self.alike: dict[tuple[Any, ...], list[str]] = {}        # {look: keys}
         self.sorted: dict[tuple[Any, ...], tuple[Iterator[str], dict[str | None, deque[str]]]] = {}     # {(look, sizes of chunks): (keys to be looked at, {content: keys})}
         for key, found in self.here.items():
@@ -23981,7 +23985,8 @@ class Newcomers:
             found.setdefault(self.planner.content(self.here[new].path, base), deque()).append(new)
 
     def _is_free(self, new: str, taken: Collection[str]) -> bool:
-        return new not in taken and new in self.here
+        """Is it there still, itself and not another of its name?"""
+        return new not in taken and self.here.get(new) is self.seen[new]
 
 
 # ==== 36. Sync client ====================================================================
@@ -24011,7 +24016,7 @@ class Mover:
     def follow(self) -> None:
         self._make_way()
         while self._follow_there():              # once more for what was moved out of something that was moved
-            pass
+            self.planner.forget_contents()       # another file may have the name of one that was read
         self.planner.find_ended()
         here = not self.session.rules.broken
         while here:

@@ -21031,6 +21031,24 @@ def test_renames_of_many_that_look_alike_cost_a_look_at_each(laptop, cloud, ann,
     assert one.tree() == tree(cloud, ann) and len(one.tree()) == many + 1
 
 
+def test_what_takes_the_name_of_a_file_that_was_looked_at_is_another_file(laptop, cloud, ann):
+    """In one round "p/x" is read, to see whether it is the "a" that is missed, and goes away with "p"; then "q" has its name, and in it a file
+    that looks the same and is not."""
+    one = laptop()
+    write = lambda path, data: (one.write(path, data), os.utime(one.path / path, ns=(10**18, 10**18)))
+    for path, data in {"a": "11111", "z/f": "22222", "z/g": "22222", "z/keep": "z", "p/keep": "p", "q/keep": "q"}.items():
+        write(path, data)
+    one.run()
+    write("p/x", "22222"), write("q/x", "33333")
+    for path in ("a", "z/f", "z/g"):
+        (one.path / path).unlink()
+    for old, new in (("a", "b"), ("p", "r"), ("q", "p"), ("z/f", "z/f2"), ("z/g", "z/g2")):
+        cloud.files.move(ann, (tuple(old.split("/")), tuple(new.split("/"))))
+    one.run()
+    want = {"b": b"11111", "p/keep": b"q", "p/x": b"33333", "r/keep": b"p", "z/f2": b"22222", "z/g2": b"22222", "z/keep": b"z"}
+    assert {path: data for path, data in one.tree().items() if data and path != "r/x"} == want and one.tree() == tree(cloud, ann)
+
+
 def test_what_was_renamed_on_both_sides_is_there_once(laptop, cloud, ann):
     """The server's name counts; what was changed in it on either side is kept."""
     one, two = laptop("one"), laptop("two")
