@@ -9673,6 +9673,12 @@ class Space:
         if size and not self.has_room():
             raise CloudError("disk-full", "the disk of the server is almost full")
 
+    def check_under_way(self, place: Place, ahead: int, size: int) -> None:
+        """The same of `size` bytes that may yet replace as many: all `ahead` of a file, whose growth counts once it is there, fit into the quota."""
+        self.check(place, 0, size)
+        if place.quota is not None and ahead > 0 and self.reserved(place.view.home) + ahead > place.quota:
+            raise CloudError("over-quota", "uploads under way fill the quota")
+
     def _check_spent(self, guard: Statement) -> None:
         if self.db.read(guard.sql, guard.params):
             raise CloudError("over-quota", OVERSPENT)
@@ -13828,7 +13834,7 @@ class Sync:
                 continue
             ahead += len(data)
             check_ahead(place, ahead)
-            self.tree.space.check(place, ahead, len(data))
+            self.tree.space.check_under_way(place, ahead, len(data))
             received.sizes[hash], received.heads[hash] = len(data), data[:32]
             if len(data) <= INLINE_LIMIT:
                 received.rows.append((hash, len(data), None, self.clock.due(), data))
@@ -14221,7 +14227,7 @@ class Uploads:
         if size is not None and upload.size not in (None, size):
             raise CloudError("bad-request", "the length was announced as %d" % upload.size)
         if size is not None and upload.size is None:
-            self.tree.space.check(self._room(who, upload), size, size)
+            self.tree.space.check_under_way(self._room(who, upload), size - upload.received, size)
             self.db.run(Statement("UPDATE upload SET size = ? WHERE id = ? AND size IS NULL", (size, upload.id)))
             upload = upload._replace(size=size)
         if body.length is not None and upload.size is not None and offset + body.length > upload.size:
@@ -14336,16 +14342,10 @@ class Uploads:
         place = self.tree.enter(who, ()) if path is None else Plan(self.tree, who).place_for_file(path, ANY, size or 0)
         home = 0 if path is None and place.mounts else place.view.home
         place = place if home else without_place(place)
-        self._check_parts(place, size or 0, size or 0)
+        self.tree.space.check_under_way(place, size or 0, size or 0)
         self._check_uploads(who)
         upload = Upload(id, home, who.person, view.top, None, "{}", size, None, note, 0, now, now + UPLOAD_LIFE, None)
         self.db.write(lambda: Batch([]) if is_begun() else Batch([*forget_upload(id), Statement(PUT_UPLOAD, upload)], [Statement(PARTS_OPEN, (id, now))]))
-
-    def _check_parts(self, place: Place, growth: int, size: int) -> None:
-        """Refuse parts that no file could be made of: all uploads of an account together fit into its quota."""
-        self.tree.space.check(place, 0, size)
-        if place.quota is not None and growth > 0 and self.tree.space.reserved(place.view.home) + growth > place.quota:
-            raise CloudError("over-quota", "uploads under way fill the quota")
 
     def put_part(self, who: Principal, name: str, number: int, body: Body) -> bool:
         """Take one part, whole or not at all; one that came before is replaced.  Returns whether it is new."""
@@ -14356,7 +14356,7 @@ class Uploads:
             body.lead((way_to(self.tree, who, room.view.top), room.view))
         if not upload.home:
             check_ahead(room, self.db.read("SELECT sum(received) FROM upload WHERE account = ? AND home = 0 AND done IS NULL", (upload.account,))[0][0] + (body.length or 0))
-        self._check_parts(room, max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        self.tree.space.check_under_way(room, max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
         stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)))
         key, rows, offset = (upload.id, number), [], 0
         for hash, size in stored.chunks:
