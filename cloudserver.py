@@ -19284,7 +19284,7 @@ def settle_as(cloud: Cloud, id: str | None, prove: bool) -> None:
             if owner != taken or given and prove:
                 own_store(cloud, " ".join((taken, mark)) if owner == taken and mark else taken)
         except OSError:
-            if not id:                           # where a place is taken only by who comes first, nobody would, ever after
+            if not id and store.owner().partition(" ")[0] != taken:              # where a place is taken only by who comes first, nobody would, ever after
                 db.run(Statement("DELETE FROM setting WHERE name IN ('cloud', 'objects') AND (SELECT value FROM setting WHERE name = 'cloud') = ?", (taken,)))
             raise
     except OSError as error:

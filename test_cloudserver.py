@@ -19556,6 +19556,18 @@ def test_servers_that_start_together_become_one_cloud(make_cloud, database_of, t
             cs.renew_mark(cloud), cs.settle(cloud, prove=True)
 
 
+def test_who_cannot_say_whose_a_store_is_takes_nothing_from_who_could(make_cloud, database_of, tmp_path):
+    """Two begin at once, and the one that comes second cannot write there: it has nothing to say any more."""
+    raced = cs.take_id
+    one, two = (make_cloud(Config(data=tmp_path / name, database=database_of(tmp_path), objects=str(tmp_path / "objects"))) for name in "ab")
+    faster = iter([two])
+    with patch.object(one.blobs.store, "own", Mock(side_effect=OSError(errno.EROFS, "read-only"))), \
+            patch.object(cs, "take_id", lambda *told: (*map(cs.settle, faster), raced(*told))[-1]):
+        cs.settle(one)
+    assert two.blobs.store.owner() == two.db.setting("cloud")
+    cs.settle(one, prove=True), cs.renew_mark(two)
+
+
 def test_whose_a_directory_is_leaves_nothing_behind_when_it_cannot_be_said(make_cloud, tmp_path, monkeypatch):
     store = make_cloud(Config(data=tmp_path / "data", objects=str(tmp_path / "objects"))).blobs.store
     store.create(), store.own("ab12")
