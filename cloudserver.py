@@ -20115,11 +20115,15 @@ class CloudServer(ThreadingHTTPServer):
                 self._make_room()
             time.sleep(0.05)
             return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(sock, address, HEAD)
-        connection.watch()
-        if self.tls:
-            connection.sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.watch()
+            if self.tls:
+                connection.sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except OSError:                          # it has ended already: macOS refuses options then, and TLS what came before its handshake
+            sock.close()
+            return
         network = network_of(connection.peer)
         self.peers[network] = self.peers.get(network, 0) + 1
         connection.wait(HANDSHAKE if self.tls else HEAD, HANDSHAKE_TIME if self.tls else IDLE_TIME)
@@ -20269,7 +20273,14 @@ MOVES: dict[int, Callable[[CloudServer, Connection], None]] = {
     HANDSHAKE: CloudServer._start, HEAD: CloudServer._go_on_receiving, BODY: CloudServer._go_on_receiving,
     SENDING: CloudServer._go_on_sending, LINGER: CloudServer._go_on_discarding}
 
-SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}       # N2: the first versions without the hole
+# N2: the first versions without the hole.  Distributions mend older ones, too, and the mend says why it refuses something.
+SAFE_TLS = {(3, 9): (3, 9, 18), (3, 10): (3, 10, 13), (3, 11): (3, 11, 5)}
+
+
+def has_safe_tls() -> bool:
+    """Does this Python take nothing for encrypted that came before the handshake (CVE-2023-40217)?"""
+    return sys.version_info >= SAFE_TLS.get(sys.version_info[:2], (0,)) or any(
+        "before TLS handshake" in word for word in ssl.SSLSocket._create.__code__.co_consts if isinstance(word, str))
 
 
 @lru_cache(maxsize=1)
@@ -20277,7 +20288,7 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
     """Read once: who serves may not be who can read the key.  raises CloudError for certificates that cannot be used"""
     if not config.tls_cert:
         return None
-    if sys.version_info < SAFE_TLS.get(sys.version_info[:2], (0,)):
+    if not has_safe_tls():
         raise CloudError("bad-request", "this Python's TLS has a known hole (CVE-2023-40217); use %s or newer"
                          % ".".join(map(str, SAFE_TLS[sys.version_info[:2]])))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

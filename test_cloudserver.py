@@ -26741,6 +26741,46 @@ def test_https_from_certificate_files(serve, certificate):
         old.wrap_socket(socket.create_connection(served.address)).close()
 
 
+def test_a_python_whose_tls_has_a_known_hole_is_refused_unless_it_was_mended(certificate, monkeypatch):
+    """N2: Debian 12 has 3.11.2 with the mend."""
+    config = Config(port=0, tls_cert=str(certificate[0]), tls_key=str(certificate[1]))
+    monkeypatch.setitem(cs.SAFE_TLS, sys.version_info[:2], (*sys.version_info[:2], 999))
+    cs.tls_context.cache_clear()
+    assert cs.tls_context(config)
+    monkeypatch.setattr(cs.ssl.SSLSocket, "_create", lambda: None)
+    cs.tls_context.cache_clear()
+    assert outcome(cs.tls_context, config) == "bad-request"
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("sends", [b"", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["nothing", "a request"])
+@pytest.mark.parametrize("resets", [False, True])
+def test_who_has_gone_before_anybody_looked_costs_nobody_anything(cloud, certificate, tls, sends, resets):
+    """R32: not the server, either; and what was sent before the handshake is no request (N2)."""
+    import ssl
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    if tls:
+        cloud.config = replace(cloud.config, tls_cert=str(certificate[0]), tls_key=str(certificate[1]))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(3):
+            with socket.create_connection(listener.getsockname()) as peer:
+                peer.sendall(sends)
+                if resets:
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server, asked = cs.CloudServer(cloud, listener), []
+        server.respond = lambda cloud, request, respond=server.respond: (asked.append(request.path), respond(cloud, request))[1]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        mine = http.client.HTTPSConnection("localhost", port, context=trust, timeout=60) if tls else http.client.HTTPConnection("localhost", port, timeout=60)
+        mine.request("GET", "/healthz")
+        assert mine.getresponse().read() == b"ok\n"
+        mine.close()
+        assert ("healthz",) in asked and (not tls or len(asked) == 1)
+        server.stop(), thread.join(60)
+        assert not thread.is_alive()
+
+
 # ---- the recipes of README.md
 
 def recipe(start):
