@@ -43,7 +43,7 @@ def main(words):
         home, number, count, *words = words[1:]
         return pytest.main(arguments(words), plugins=[Preparation(), Worker(home, int(number), int(count), os.dup(1))])
     if not any(word.startswith("-m") for word in words):
-        words = ["-m", "not slow", "--processes", str((os.cpu_count() or 1) + 2), *words]
+        words = ["-m", "not slow", "--processes", str((os.cpu_count() or 1) + 4), *words]
         work_in_memory()
     home, pid = tempfile.mkdtemp(), os.getpid()
     try:
@@ -16381,7 +16381,7 @@ def test_propfind_makes_few_calls_for_each_file(cloud, ann):
             put(cloud, ann, "%s/f%d" % (path, n), b"%d" % n, parents=True)
         calls("/dav/%s/" % path)
         put(cloud, ann, path + "/f0", b"anew")           # what is as it was is not read again
-    assert 0 < calls("/dav/some/") - calls("/dav/few/") <= 9 * 100
+    assert 1 <= round((calls("/dav/some/") - calls("/dav/few/")) / 100) <= 9         # what is done once for all files of a second is not done for each
 
 
 def test_propfind_forms(call, cloud, ann):
