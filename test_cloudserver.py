@@ -418,10 +418,18 @@ def umask():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def settings(tmp_path_factory):
-    """What programs remember for their user, as which folders are synced: another run's may have had the same paths."""
+def settings_of_all(tmp_path_factory):
+    """What programs remember for their user, as which folders are synced, is each run's own: another's may have had the same paths."""
     with patch.dict(os.environ, {"XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("config"))}):
-        yield
+        yield Path(os.environ["XDG_CONFIG_HOME"])
+
+
+@pytest.fixture(autouse=True)
+def settings(settings_of_all, request):
+    """And each test's: the path of one that passed may be the next one's."""
+    os.environ["XDG_CONFIG_HOME"] = str(settings_of_all / hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16])
+    yield
+    os.environ["XDG_CONFIG_HOME"] = str(settings_of_all)
 
 
 class FakeTime:
