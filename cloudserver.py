@@ -1606,7 +1606,8 @@ def read_pieces(part: bytes | FileSlice, step: int = 256 * KiB) -> Iterator[byte
         yield data
 
 
-ANSWER_LARGEST, ANSWERS_MOST = 4 * MiB, 8 * MiB         # bytes of an answer that is made in memory, and of those that are remembered
+ANSWER_LARGEST, ANSWERS_MOST = 4 * MiB, 8 * MiB         # bytes of an answer that is made in memory, and of those that are remembered,
+ANSWERS_COUNT = 500             # which are so many: what they answer is remembered, too
 
 
 class Answers:
@@ -1623,7 +1624,7 @@ class Answers:
     def keep(self, question: Any, made_of: Any, data: bytes) -> None:
         with self._keeping:
             self._size -= len(self._kept.pop(question, (None, b""))[1])
-            if self._size + len(data) > ANSWERS_MOST:
+            if self._size + len(data) > ANSWERS_MOST or len(self._kept) >= ANSWERS_COUNT:
                 self._kept, self._size = {}, 0
             self._kept[question] = made_of, data
             self._size += len(data)
@@ -17766,7 +17767,7 @@ def dav_propfind(cloud: Cloud, who: Principal, request: Request, path: tuple[str
         tell = partial(list_properties, request, base, node, about, question)
         if depth == "0" or not node.kind:
             return tell(())
-        if now.mounts or now.floor:
+        if now.mounts or now.floor or len("".join((*(question.names or ()), *question.more))) > QUESTION_MOST:
             return tell(now.children(node.node))
         asked = request.door, base, about.home, about.mine, question, is_minimal(request)
         return tell_again(cloud.answers, asked, node, about, lambda: tell(now.children(node.node)))

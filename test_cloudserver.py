@@ -16367,6 +16367,20 @@ def test_answers_that_are_remembered_are_bounded_and_each_question_is_answered_b
         assert answers.find("q") == (at, b"12345") and answers.find("r") == (at, b"6789")
     answers.keep("s", 1, b"0123456789")
     assert answers.find("s") == (1, b"0123456789") and answers.find("q") is answers.find("r") is None
+    monkeypatch.setattr(cs, "ANSWERS_COUNT", 3)
+    for at in range(100):
+        answers.keep(at, at, b"")
+        assert answers.find(at) == (at, b"") and sum(answers.find(n) is not None for n in range(100)) <= 3
+
+
+def test_no_question_that_is_large_is_remembered(call, cloud, ann):
+    """However little is answered: names of properties that nothing has are left out of some answers."""
+    put(cloud, ann, "d/f", parents=True)
+    for names, remembered in ((b"<getetag/>", 1), (b"<getetag/><%s/>" % (b"n" * cs.QUESTION_MOST), 0)):
+        for body in (b"<prop>%s</prop>", b"<allprop/><include>%s</include>"):
+            cloud.answers = cs.Answers()
+            answer = call("PROPFIND", "/dav/d/", b"<propfind xmlns='DAV:'>%s</propfind>" % body % names, Depth="1", Prefer="return=minimal")
+            assert answer.status == 207 and len(answer.body) < 4000 and len(cloud.answers._kept) == remembered
 
 
 def test_propfind_makes_few_calls_for_each_file(cloud, ann):
