@@ -98,7 +98,7 @@ class Preparation:
 
     def pytest_addoption(self, parser):
         parser.addoption("--processes", type=int, default=1, help="run the tests in so many processes")
-
+        parser.addoption("--part", default="1/1", help="one of several parts of them, as 2/4")
         parser.addoption("--rooms", help="only tests of sections whose titles begin so: --rooms 'Store, stories'; a number in front does not count")
 
     def pytest_collection_modifyitems(self, config, items):
@@ -109,6 +109,10 @@ class Preparation:
             item.keep = re.match("# ==== ([0-9]+[.] )?(%s)" % "|".join(map(re.escape, rooms)), title) or item.get_closest_marker("last")
         config.hook.pytest_deselected(items=[item for item in items if not getattr(item, "keep", True)])
         items[:] = [item for item in items if getattr(item, "keep", True)]
+        part, parts = map(int, config.getoption("part").split("/"))
+        begin, end = (len(items) * n // parts for n in (part - 1, part))
+        config.hook.pytest_deselected(items=items[:begin] + items[end:])
+        items[:] = items[begin:end]
 
     def pytest_collection_finish(self):
         """What there is by now stays until the end."""
@@ -3817,8 +3821,7 @@ def hearing(data, *, more=False, slowly=False):
         wire = cs.Wire(cs.Duplex(ours), cs.PgAddress.parse("postgres://u@h/d"), cs.PgHost("h", 1))
         yield wire
         wire.close()
-        its.close()
-        speaker.join()
+        speaker.join()                           # nobody closes what another thread uses: Wine ends all its programs of it, now and then
 
 
 def played(wire):
