@@ -11813,28 +11813,37 @@ class Journal:
         return max(tree, line) if told else tree
 
     def _newest(self, who: Principal) -> tuple[int, int, int]:
-        """The seqs of the last change of an account's tree, of the last line of its journal, and of all lines."""
-        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + ", (SELECT max(seq) FROM journal WHERE home = ?), (SELECT max(seq) FROM journal) "
-                            "FROM account a JOIN collection c ON c.node = a.root "
+        """The seqs of the last change of what somebody sees, of the last line of their journal, and of all lines.  Who is limited to a collection,
+        their own or another's, is told of no line: most are about what they may not see."""
+        view = view_of(who)
+        rows = self.db.read("SELECT c.seq, " + NEWEST_SHARED + ", (SELECT max(seq) FROM journal WHERE home = a.id), (SELECT max(seq) FROM journal) "
+                            "FROM account a LEFT JOIN collection c ON c.node = ? "
                             "WHERE a.id = ? AND (? = '' OR EXISTS (SELECT 1 FROM device WHERE id = ?))",
-                            (who.person, view_of(who).home, who.device, who.device))
+                            (view.top, who.person, who.device, who.device))
         if not rows:
             raise CloudError("unauthenticated", "this device was revoked")
-        own, shared, line, head = rows[0]
-        return max(own, shared or 0), line or 0, head
+        seen, shared, line, head = rows[0]
+        return (max(seen or 0, shared or 0), line or 0, head) if view.whole else (seen or 0, 0, head)
 
     def has_marked(self, who: Principal, since: int) -> bool:
         """Did anything after a seq change the marks in lists, of which no etag tells: stars, shares, locks?"""
-        return bool(self.db.read("SELECT 1 FROM journal WHERE home = ? AND seq > ? AND action IN ('star', 'unstar', 'share', 'share-change', 'share-end', "
-                                 "'lock', 'unlock') LIMIT 1", (view_of(who).home, since)))
+        view = view_of(who)
+        return view.whole and bool(self.db.read("SELECT 1 FROM journal WHERE home = ? AND seq > ? AND action IN ('star', 'unstar', 'share', 'share-change', "
+                                                "'share-end', 'lock', 'unlock') LIMIT 1", (view.home, since)))
 
     def has_locked(self, who: Principal, since: int) -> bool:
-        """Did a lock begin or end after a seq on what others share with an account?  Nothing is told of what else their homes hold."""
+        """Did a lock begin or end after a seq on what others share with an account, or on what a device is limited to?  Nothing is told of what else
+        those homes hold."""
         view = view_of(who)
-        rows = self.db.read("SELECT detail FROM journal WHERE seq > ? AND action IN ('lock', 'unlock') AND home IN (SELECT e.home FROM mount m "
-                            "JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = ? AND m.until IS NULL)", (since, view.home)) if view.whole else ()
+        homes = "SELECT e.home FROM mount m JOIN entry e ON e.node = m.target AND e.until IS NULL WHERE m.home = ? AND m.until IS NULL" if view.whole else "?"
+        rows = self.db.read("SELECT detail FROM journal WHERE seq > ? AND action IN ('lock', 'unlock') AND home IN (" + homes + ")", (since, view.home))
         nodes = {json.loads(detail)["within"] for detail, in rows}
-        above, rights = holders(self.db.read, nodes), self.tree.mounts.rights_of(who.person, self.db.read) if nodes else None
+        if not nodes:
+            return False
+        above = holders(self.db.read, nodes)
+        if not view.whole:
+            return any(view.top in (*above[node], node) for node in nodes)
+        rights = self.tree.mounts.rights_of(who.person, self.db.read)
         return any(READ in rights((*above[node], node)) for node in nodes)
 
     def await_change(self, who: Principal, since: int, seconds: float, alive: Callable[[], None] = unwatched, locked_since: int | None = None) -> bool:

@@ -16073,6 +16073,24 @@ def test_who_sees_what_is_locked_hears_of_it_and_nobody_else(cloud, ann, people)
     news.close()
 
 
+def test_a_limited_device_hears_of_nothing_beside_what_it_is_limited_to(cloud, ann, people):
+    """Not even that something happened: neither in the home of who shares it, nor in that of who has it."""
+    put(cloud, ann, "d/f", parents=True), put(cloud, ann, "beside/g", parents=True), put(cloud, people.bob, "own/in/h", parents=True), put(cloud, people.bob, "else")
+    give(cloud, ann, "d", "bob", role="edit")
+    devices = {path: cloud.tree.limited(token_of(cloud, people.bob, path, node=cloud.tree.limit_at(people.bob, (path,)))) for path in ("d", "own")}
+
+    def heard(act):
+        head, since = cloud.journal.head(), {path: cloud.journal.newest(who, told=True) for path, who in devices.items()}
+        act()
+        assert not any(cloud.journal.has_marked(who, head) for who in devices.values())
+        return [path for path, who in devices.items() if cloud.journal.await_change(who, since[path], 0, locked_since=head)]
+    for who, path in (ann, "beside/g"), (people.bob, "else"):
+        assert [heard(act) for act in (lambda: put(cloud, who, path, b"2"), lambda: take_lock(cloud, who, path), lambda: cloud.files.stars.mark(who, cs.split_path(path), on=True),
+                                       lambda: give(cloud, who, path, "cem"))] == [[]] * 4
+    for who, path, top in (ann, "d/f", "d"), (people.bob, "own/in/h", "own"):
+        assert [heard(lambda: put(cloud, who, path, b"2")), heard(lambda: take_lock(cloud, who, path))] == [[top], [top]]
+
+
 def test_events_come_though_nothing_happens(cloud, ann, monkeypatch):
     """A listener knows by silence that the connection is dead."""
     monkeypatch.setattr(cloud.journal, "await_change", lambda who, seq, seconds, locked_since: False)
