@@ -20117,13 +20117,16 @@ class CloudServer(ThreadingHTTPServer):
         self._yielded = 0
         try:
             sock, address = self.socket.accept()
-        except BlockingIOError:
-            return                               # another process was faster
+        except (BlockingIOError, ConnectionError):
+            return                               # another process was faster, or whoever came has gone
         except OSError as error:                 # out of descriptors (R19)
             log.error("accept: %s", error)
             for _ in range(64):
                 self._make_room()
             time.sleep(0.05)
+            return
+        if not address:                          # the same, as macOS may tell it
+            sock.close()
             return
         connection = Connection(sock, address, HEAD)
         try:

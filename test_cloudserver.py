@@ -26824,6 +26824,49 @@ def test_who_has_gone_before_anybody_looked_costs_nobody_anything(cloud, certifi
         assert not thread.is_alive()
 
 
+class Gone:
+    """A listener whose first connections have ended before they are accepted, as BSD, Windows and macOS tell it."""
+
+    def __init__(self, listener):
+        self.listener, self.tells = listener, [ConnectionAbortedError(), ConnectionResetError(), None]
+
+    def __getattr__(self, name):
+        return getattr(self.listener, name)
+
+    def accept(self):
+        sock, address = self.listener.accept()
+        if address[1] in self.spared or not self.tells:
+            return sock, address
+        tells = self.tells.pop(0)
+        if tells is None:
+            return sock, None
+        sock.close()
+        raise tells
+
+
+def test_who_has_gone_before_it_was_accepted_costs_nobody_anything(cloud):
+    """R19: who is served keeps the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone, port = Gone(listener), listener.getsockname()[1]
+        server = cs.CloudServer(cloud, gone)
+        mine = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        mine.connect()
+        gone.spared, sock = {mine.sock.getsockname()[1]}, mine.sock
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        mine.request("GET", "/healthz")
+        assert mine.getresponse().read() == b"ok\n"
+        eventually(lambda: server.watched)       # and no thread has it
+        for _ in "123":
+            socket.create_connection(("127.0.0.1", port)).close()
+        eventually(lambda: not gone.tells)
+        mine.request("GET", "/healthz")
+        assert mine.getresponse().read() == b"ok\n" and mine.sock is sock and thread.is_alive()
+        mine.close()
+        server.stop(), thread.join(60)
+        assert not thread.is_alive()
+
+
 # ---- the recipes of README.md
 
 def recipe(start):
