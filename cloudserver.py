@@ -14366,7 +14366,8 @@ class Uploads:
             body.lead((way_to(self.tree, who, room.view.top), room.view))
         if not upload.home:
             check_ahead(room, self.db.read("SELECT sum(received) FROM upload WHERE account = ? AND home = 0 AND done IS NULL", (upload.account,))[0][0] + (body.length or 0))
-        self.tree.space.check_under_way(room, max(0, upload.received + (body.length or 0) - (upload.size or 0)), 1)
+        held = max(upload.size or 0, upload.received)        # has its room already
+        self.tree.space.check_under_way(room, max(0, upload.received + (body.length or 0) - held), 1)
         stored = self.tree.blobs.put(body, self.tree.contents.known_to(view_of(who)))
         key, rows, offset = (upload.id, number), [], 0
         for hash, size in stored.chunks:

@@ -10858,6 +10858,9 @@ def test_parts_have_their_limits(make_cloud, fake):
     assert outcome(cloud.uploads.upload, ann, cs.parts_id(ann, "v")) == "not-found"                 # tus cannot reach it
     cloud.uploads.drop_parts(ann, "v", 1)
     assert cloud.uploads.parts(ann, "v")[0].received == 0 and outcome(cloud.uploads.drop_parts, ann, "v", 1) == "not-found"
+    for number in 1, 2, 3:                                       # what came has its room, and needs no other
+        cloud.uploads.put_part(ann, "v", number, Body(bytes(330)))
+    assert outcome(cloud.uploads.put_part, ann, "v", 4, Body(bytes(11))) == "over-quota" and cloud.uploads.put_part(ann, "v", 4, Body(bytes(10)))
     fake.pass_(cs.UPLOAD_LIFE + 1000)
     assert outcome(cloud.uploads.put_part, ann, "v", 1, Body(b"x")) == "gone"
     cloud.uploads.begin_parts(ann, "v")
