@@ -1608,6 +1608,7 @@ def read_pieces(part: bytes | FileSlice, step: int = 256 * KiB) -> Iterator[byte
 
 ANSWER_LARGEST, ANSWERS_MOST = 4 * MiB, 8 * MiB         # bytes of an answer that is made in memory, and of those that are remembered,
 ANSWERS_COUNT = 500             # which are so many: what they answer is remembered, too
+ANSWERS_HELD = 64 * MiB         # bytes of all that is in memory while who asked takes it, of each process
 
 
 class Answers:
@@ -1686,6 +1687,25 @@ class Slots:
     def taken(self) -> int:
         """How many all have together."""
         return sum(self._counts.values())
+
+
+class Budget:
+    """So many bytes for all together; who finds too few has to do without."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken, self._lock = most, 0, threading.Lock()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[bool]:
+        """Some of them, for as long as something takes; False where there are not so many left."""
+        with self._lock:
+            size *= self.taken + size <= self.most
+            self.taken += size
+        try:
+            yield size > 0
+        finally:
+            with self._lock:
+                self.taken -= size
 
 
 # ==== 5. Formats =========================================================================
@@ -15462,6 +15482,7 @@ class Site:
         self.proxies, self.plain_http = config.behind_proxy, config.plain_http
         self.slots = Slots(SLOTS, "%d requests of yours are under way already", 2)
         self.bodies = Slots(LARGE_BODIES, "%d uploads of yours are under way already", 5)
+        self.answers = Budget(ANSWERS_HELD)
         self.knows = lru_cache(maxsize=256)(self._knows)
 
     def _knows(self, host: str) -> bool:
@@ -15971,10 +15992,13 @@ class Handler(BaseHTTPRequestHandler, Source):
         if isinstance(body, bytes):
             if request.method == "HEAD":
                 body = b""
-            if request.who.account:
+            if not request.who.account:
+                self._send_or_leave(head, body)
+            elif len(body) <= RECEIVE:
                 self.send_all(head + body, None)
             else:
-                self._send_or_leave(head, body)
+                del body                         # there may be no room for it
+                return self._send_large(response, head)
             return len(body)
         return self._send_parts(response, body if request.method != "HEAD" else None, head, chunked)
 
@@ -15990,6 +16014,19 @@ class Handler(BaseHTTPRequestHandler, Source):
             self.link.out = memoryview(bytes(self.link.out) + body)
         if not self.link.out:
             self.link.seize()
+
+    def _send_large(self, response: Response, head: bytes) -> int:
+        """Send what is in memory from there; or from a file, where those who take theirs slowly have too much there already."""
+        with self.server.site.answers.of(len(response.body)) as fits:
+            if fits:
+                self.send_all(head + response.body[:RECEIVE], None)
+                self.send_all(memoryview(response.body)[RECEIVE:], None)
+                return len(response.body)
+        with tempfile.TemporaryFile() as file:
+            file.write(response.body)
+            file.flush()
+            part, response.body = FileSlice(file, 0, len(response.body)), b""
+            return self._send_parts(response, [part], head, False)
 
     def _send_parts(self, response: Response, parts: Iterable[bytes | FileSlice] | None, head: bytes, chunked: bool) -> int:
         sent, pending, pace = 0, head, Pace(STALL_TIME, response.go_on)
@@ -16012,7 +16049,7 @@ class Handler(BaseHTTPRequestHandler, Source):
             self.send_all(pending, pace)
         return sent
 
-    def send_all(self, data: bytes, pace: Pace | None) -> None:
+    def send_all(self, data: bytes | memoryview, pace: Pace | None) -> None:
         """raises Disconnected when the peer takes next to nothing for a minute"""
         count = 0
         try:

@@ -14720,6 +14720,22 @@ def test_long_reads_end_when_nobody_waits_for_the_answer(cloud, ann, serve_cloud
     eventually(lambda: not cloud.tree.lanes.taken())
 
 
+def test_answers_that_are_taken_slowly_have_so_much_memory_together(cloud, ann, serve_cloud, monkeypatch):
+    """R33: for who finds none left they lie in a file, and are the same."""
+    address, files, held, really, send_all = serve_cloud(cloud), [], [], tempfile.TemporaryFile, cs.Handler.send_all
+    room = serve_cloud.servers[-1].site.answers
+    for n in range(20):
+        put(cloud, ann, "%02d" % n + "x" * 50)
+    monkeypatch.setattr(cs, "RECEIVE", 500)
+    want = exchange(address, "GET", "/dav/").body
+    monkeypatch.setattr(cs.tempfile, "TemporaryFile", lambda *how: (files.append(how), really(*how))[1])
+    monkeypatch.setattr(cs.Handler, "send_all", lambda self, data, pace: (held.append(room.taken), send_all(self, data, pace))[1])
+    for room.most, count, most in (len(want), 0, len(want)), (len(want) - 1, 1, 0):
+        held.clear()
+        assert exchange(address, "GET", "/dav/").body == want and (len(files), max(held)) == (count, most)
+        eventually(lambda: not room.taken)
+
+
 # ==== 24. JSON API =======================================================================
 
 @pytest.fixture
