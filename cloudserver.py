@@ -2998,6 +2998,10 @@ class S3:
                 fails = does if isinstance(error, http.client.IncompleteRead) else fails
             if not again or time.monotonic() + pause > until:
                 if method == "GET" and again and fails == does and self._is_alone(key):
+                    if met:                      # what was wrong with all is over: it has as long as any other
+                        met, until = None, time.monotonic() + PATIENCE
+                        self._end(does)
+                        continue
                     log.error("objects: %s cannot be read, though others can: %s", key, trouble)
                     raise Damaged(errno.EIO, "unreadable")
                 self._begin(fails, trouble)
@@ -3276,6 +3280,7 @@ class Bucket(Store):
     def _fetch(self, name: str) -> bytes | None:
         data = self.read(name)
         if hashlib.sha256(data).hexdigest() != name[:64]:
+            next(self.s3.keys(self._key(name), 1), None)     # who answers anything by a page of its own does not list: then nothing is known
             raise Damaged(errno.EIO, "damaged")
         try:
             self._cache.add(name, data)
@@ -9133,12 +9138,12 @@ class Contents:
             asked = [(hash, object and self.blobs.lane.submit(self.blobs.has_chunk, object, size), size == length) for hash, size, object, length in rows]
             found = {hash: there.result() if there else is_right for hash, there, is_right in asked}
             whole.update(hash for hash, is_there in found.items() if is_there)
-            lost = [hash for hash, is_there in found.items() if not is_there]
-            for hash in lost:
+            lost = [(self.clock.wall(), hash, object or "") for hash, _, object, _ in rows if not found[hash]]
+            for _, hash, _ in lost:
                 note_damage(hash)
             with suppress(CloudError):           # nothing can be written now: it is told, though not noted
-                if lost:
-                    self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ?", [(self.clock.wall(), hash) for hash in lost], many=True))
+                if lost:                         # as in note: another object may have taken its place
+                    self.db.run(Statement("UPDATE chunk SET bad = ? WHERE hash = ? AND coalesce(object, '') = ?", lost, many=True))
         return set(hashes) - whole
 
     def rows(self, stored: Stored, *, new: bool = True) -> list[Statement]:

@@ -2402,6 +2402,27 @@ def test_an_object_that_cannot_be_read_though_others_can_is_damaged(s3, tmp_path
         assert store.holds(object_name(parts[0], "b2"), parts[0])
 
 
+def test_an_object_is_not_damaged_by_one_failure_after_a_trouble(s3, tmp_path, monkeypatch):
+    """It is tried again as long as any other, once others can be read."""
+    store, parts = s3.store(tmp_path), [random_bytes(100) for _ in range(3)]
+    for part in parts:
+        store.put(object_name(part), part), store.forget(object_name(part))
+    store.s3.troubles["reading"] = cs.Trouble("it was away", time.monotonic() - cs.PAUSE)
+    s3.faults.append(500)
+    assert store.read(object_name(parts[0])) == parts[0] and not store.trouble() and not s3.faults
+
+
+def test_who_answers_anything_by_a_page_has_no_damaged_objects(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(cs, "PATIENCE", 0)
+    store, data = s3.store(tmp_path), random_bytes(1000)
+    store.put(object_name(data), data), store.forget(object_name(data))
+    s3.faults.extend([(200, b"<html>We are soon back</html>"), "page"])          # a file of a web server has an ETag, too
+    with pytest.raises(cs.Away):
+        store.get(object_name(data))
+    let_ask(store)
+    assert store.get(object_name(data)).read() == data
+
+
 def test_a_connection_is_used_again_whatever_was_asked(s3, tmp_path):
     store, data = s3.store(tmp_path), random_bytes(100_000)
     name = object_name(data)
@@ -10837,6 +10858,15 @@ def test_a_part_that_breaks_off_is_not_there(cloud, ann):
     body.length = 2 * MiB
     cloud.uploads.begin_parts(ann, "t")
     assert outcome(cloud.uploads.put_part, ann, "t", 1, body) == "bad-request" and cloud.uploads.parts(ann, "t")[1] == []
+
+
+def test_what_took_the_place_of_lost_bytes_is_not_lost(cloud, ann, bob, monkeypatch):
+    """... while somebody looked for these."""
+    data = random_bytes(100_000)
+    put(cloud, ann, "a", data)
+    monkeypatch.setattr(cloud.blobs, "has_chunk", lambda name, size: (put(cloud, bob, "b", data), False)[1])
+    hash = hashlib.sha256(data).hexdigest()
+    assert cloud.contents.lacking([hash]) == {hash} and cloud.db.read("SELECT bad FROM chunk WHERE hash = ?", (hash,)) == [(None,)]
 
 
 def test_parts_have_their_limits(make_cloud, fake):
