@@ -19258,6 +19258,13 @@ def place_of(config: Config) -> str:
     return "" if place == (config.data / "objects").resolve() else str(place)
 
 
+def places_here(config: Config) -> list[Path]:
+    """Directories of this machine that hold rows or objects."""
+    place = place_of(config)
+    rows = [config.data] if not (config.database and place) else []
+    return rows if not place or place.startswith("s3://") else [*rows, Path(place)]
+
+
 def check_free(db: Database, store: Store, place: str, owner: str) -> None:
     """raises CloudError unless a cloud may begin to keep its objects in a place of its own"""
     if owner:
@@ -25205,7 +25212,7 @@ def run_backup(cloud: Cloud, given: Arguments) -> int:
     """copy everything to a directory, while the server runs"""
     count, size, damaged = back_up(cloud, given.to)
     print("backed up to %s: %d chunks, %s copied" % (given.to, count, format_size(size)), *damaged, sep="\n")
-    if os.stat(given.to).st_dev == os.stat(cloud.config.data).st_dev:
+    if os.stat(given.to).st_dev in {os.stat(place).st_dev for place in places_here(cloud.config)}:
         print("It is on the same disk as the data, and would be lost with it: is something not mounted?")
     return 1 if damaged else 0
 

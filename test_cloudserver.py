@@ -18917,6 +18917,13 @@ def test_a_backup_on_the_same_disk_says_so(make_cloud, tmp_path, monkeypatch, ca
     assert here(*words) == 0 and "on the same disk" not in capsys.readouterr().out
 
 
+def test_a_backup_beside_the_data_is_one_beside_rows_or_objects(tmp_path):
+    """... of which either may be elsewhere."""
+    rows, objects, database, bucket = Config(data=tmp_path), str(tmp_path / "objects-here"), "postgres://cloud@localhost/x", "s3://bucket@localhost"
+    assert [cs.places_here(replace(rows, database=where, objects=place)) for where, place in itertools.product(("", database), ("", objects, bucket))] == [
+        [tmp_path], [tmp_path, Path(objects)], [tmp_path], [tmp_path], [Path(objects)], []]
+
+
 @slow
 @needs_fork
 @of_sqlite("where it goes to is said here")
