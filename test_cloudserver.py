@@ -17376,6 +17376,7 @@ def test_a_repeated_request_is_answered_but_not_done_again(call, cloud, ann):
     assert call("MOVE", FILES + "/a", Destination=FILES + "/b").status == 404
     first, second = call("PUT", FILES + "/c", b"1", **again), call("PUT", FILES + "/c", b"1", **again)
     assert first.headers["etag"] == second.headers["etag"] and len(cloud.versions.list(ann, ("c",))) == 1
+    assert call("PUT", FILES + "/c", b"2", **again).status == 412 and get(cloud, ann, "c") == b"1"         # another one, which would count as stored
     put(cloud, ann, "c", b"of somebody else")
     assert call("PUT", FILES + "/c", b"1", **again).status == 412 and get(cloud, ann, "c") == b"of somebody else"
     assert [call("MKCOL", FILES + "/d", **again).status for _ in "12"] == [201, 201]
