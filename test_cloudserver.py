@@ -99,14 +99,16 @@ class Preparation:
     def pytest_addoption(self, parser):
         parser.addoption("--processes", type=int, default=1, help="run the tests in so many processes")
         parser.addoption("--part", default="1/1", help="one of several parts of them, as 2/4")
-        parser.addoption("--rooms", help="only tests of sections whose titles begin so: --rooms 'Store, stories'; a number in front does not count")
+        parser.addoption("--rooms", help="only tests of sections whose titles begin so: --rooms 'Store, stories', or 'all but Store, stories'; "
+                         "a number in front does not count")
 
     def pytest_collection_modifyitems(self, config, items):
-        rooms = re.split(", *", config.getoption("rooms") or "")
+        but, rooms = re.match("(all but )?(.*)", config.getoption("rooms") or "").groups()
+        pattern = "# ==== ([0-9]+[.] )?(%s)" % "|".join(map(re.escape, re.split(", *", rooms)))
         begin = [(at, title) for at, title in enumerate(Path(__file__).read_text("utf-8").splitlines(), 1) if title.startswith("# ==== ")]
-        for item in items if rooms != [""] else ():
+        for item in items if rooms else ():
             title = [title for at, title in begin if at <= item.function.__code__.co_firstlineno][-1]
-            item.keep = re.match("# ==== ([0-9]+[.] )?(%s)" % "|".join(map(re.escape, rooms)), title) or item.get_closest_marker("last")
+            item.keep = bool(re.match(pattern, title)) != bool(but) or item.get_closest_marker("last")
         config.hook.pytest_deselected(items=[item for item in items if not getattr(item, "keep", True)])
         items[:] = [item for item in items if getattr(item, "keep", True)]
         part, parts = map(int, config.getoption("part").split("/"))
