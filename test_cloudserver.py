@@ -849,6 +849,14 @@ def is_private(place):
     return os.name == "nt" or not place.stat().st_mode & 0o077
 
 
+def free_port():
+    """A port nobody listens at, of those that the system gives no connection: it is still free when a program comes back to it."""
+    while True:
+        port = secrets.choice(range(10000, 32000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def make_link(place, target):
     """Make a symbolic link; False where that is not for everybody (Windows), or where there is none to be seen then (Wine)."""
     with contextlib.suppress(OSError):
@@ -2101,8 +2109,7 @@ def s3():
 def gateway_program(tmp_path_factory):
     """A real S3: versitygw, over a directory."""
     home = tmp_path_factory.mktemp("gateway")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     (home / "top").mkdir(), (home / "beside").mkdir()
     process = subprocess.Popen([program("versitygw"), "--port", "127.0.0.1:%d" % port, "--access", S3_KEYS.id, "--secret", S3_KEYS.secret, "--quiet", "--keep-alive",
                                 "posix", "--sidecar", str(home / "beside"), str(home / "top")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -3327,8 +3334,7 @@ class Postgres:
         home.chmod(0o755)
         if self.user:
             shutil.chown(home, "postgres")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.certificate = self.data / "server.crt"
 
     def make(self):
@@ -4113,8 +4119,7 @@ def test_what_is_said_before_tls_never_counts_as_said_under_it(fake_postgres, an
 # ---- several hosts
 
 def test_the_primary_is_found_among_several_hosts(fake_postgres):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        dead = "127.0.0.1:%d" % free.getsockname()[1]
+    dead = "127.0.0.1:%d" % free_port()
     standby, primary = fake_postgres(welcome(standby="on")), fake_postgres(welcome(), welcome())
     def place(server): return server.url.split("@")[1].split("/")[0]
     wire = reach_postgres("postgres://u@%s,%s,%s/d" % (dead, place(standby), place(primary)))
@@ -6904,8 +6909,7 @@ def test_three_machines_as_described_lose_nothing_whatever_one_of_them_loses(rng
 @slow
 @pytest.mark.parametrize("mode", ["transaction", "session"])
 def test_a_pooler_that_keeps_no_connection_is_told_from_a_database(postgres, tmp_path, mode):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     name = "pooled_%s" % mode
     with contextlib.closing(postgres.wire()) as wire:
         wire.query("CREATE DATABASE %s TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'" % name)
@@ -26028,7 +26032,7 @@ class Served:
 
     def __init__(self, data, *words, env=None, program=None):
         self.data = data
-        self.process = popen("serve", "--data", data, "--port", "0", *words, program=program or PROGRAM, env=env,
+        self.process = popen("serve", "--data", data, "--port", str(free_port()), *words, program=program or PROGRAM, env=env,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.greeting = self.process.stdout.readline()
         found = re.search(r"://\S*:(\d+)/", self.greeting)
@@ -26327,8 +26331,7 @@ def test_streams_may_be_absent_or_narrow(narrow, monkeypatch, streams):
 def test_a_server_needs_no_streams(tmp_path, how):
     """O13, O14: and what is printed into a stream that is not there lands in no file"""
     data = tmp_path / "d\xe4t\xe4"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = free.getsockname()
+    address = "127.0.0.1", free_port()
     program = PROGRAM
     if how == "closed":
         program = [sys.executable.replace("python.exe", "pythonw.exe"), *PROGRAM[1:]] if os.name == "nt" else [
@@ -26977,8 +26980,7 @@ def test_the_recipe_for_several_servers_survives_the_loss_of_one(database_of, se
     assert made.returncode == 0, made.stderr
     programs = [serve("--workers", "1", "--behind-proxy", "127.0.0.1", "--hostname", "cloud.example", data=tmp_path / str(n), user=None, env=env)
                 for n in range(3)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     text = haproxy_file(recipe("frontend web").partition("\nbackend")[0] + "\n" + recipe("backend cloud"), tmp_path, port, certificate)
     for number, one in enumerate(programs, 1):
         assert "m%d:8765" % number in text
@@ -27048,8 +27050,7 @@ def behind(serve, certificate, tmp_path):
         flags = re.search(r"start the server with `([^`]*)`", (HERE / "README.md").read_text(encoding="utf-8"))[1]
         served, home = serve(*flags.split()), tmp_path / name
         home.mkdir(mode=0o755)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         text = recipe(block)
         assert "127.0.0.1:8765" in text
         (home / "conf").write_text(put_around(text.replace(":8765", ":%d" % served.address[1]), home, port, certificate))
@@ -27651,8 +27652,7 @@ class Household:
         self.tmp_path, self.data = tmp_path, tmp_path / "data"
         self.env = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "config"), "CLOUDSERVER_PASSWORD": PASSWORD}
         add_user(self.data)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = "http://ann@127.0.0.1:%d" % self.port
         self.process = None
 
