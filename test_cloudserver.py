@@ -796,6 +796,14 @@ def outcome(function, *args, **kwargs):
         return error.kind
 
 
+ALL_IN_SLOW = {every: pytest.mark.parametrize("every", [every, pytest.param(1, marks=slow)]) for every in (2, 3)}      # for some_of: all of them, too, among the slow ones
+
+
+def some_of(rows, every, number):
+    """Every so-many-th of what a test goes through; another row of it, which has another number, takes others."""
+    return list(rows)[number % every::every]
+
+
 def eventually(look, seconds=60):
     """What it returns as soon as that is something.  What is being moved is not there when it is looked at, and on Windows cannot be.
 
@@ -8746,11 +8754,12 @@ def ways_to_hide(cloud, ann, n, share):
             "sharing is off": (lambda: cloud.set_policy(ann, sharing="none"), lambda: cloud.set_policy(ann, sharing="all"))}
 
 
+@ALL_IN_SLOW[2]
 @pytest.mark.parametrize("way", WAYS_TO_TAKE_A_NAME)
-def test_what_is_new_takes_the_name_of_a_mount_that_nobody_sees(call, api, cloud, ann, bob, way):
+def test_what_is_new_takes_the_name_of_a_mount_that_nobody_sees(call, api, cloud, ann, bob, way, every):
     """By every door and verb, however it is out of sight: the mount gets another name, under which it comes back."""
     cem, mirrors = account(cloud, "cem"), []
-    for number, how in enumerate(ways_to_hide(cloud, ann, "", 0)):
+    for number, how in some_of(enumerate(ways_to_hide(cloud, ann, "", 0)), every, list(WAYS_TO_TAKE_A_NAME).index(way)):
         n = "n%d" % number
         put(cloud, bob, n + "/mine", b"mine", parents=True), put(cloud, bob, "box/%s/f" % n, parents=True)
         for path in ("up%s/%s/f" % (n, n), "other%s/in/f" % n, "declined%s/%s/f" % (n, n)):
@@ -10694,7 +10703,7 @@ def all_of(cloud, ann):
 
 @of_sqlite("it is about the statements of its writer")
 @of_directory("and about files of this machine")
-@pytest.mark.parametrize("most", [4, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [2, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("verb", WRITES)
 def test_whatever_step_fails_all_or_nothing_is_done(make_cloud, tmp_path, rng, verb, most):
     """R4, R18, R19: what was acknowledged is there after a restart, what was refused is not, and of what nobody knows there is no half."""
@@ -12665,8 +12674,9 @@ ENDS_OF_UPLOADS = {  # what happens: (how, which ways it cuts)
     "giver removed": (lambda c, s: c.accounts.remove(s.ann.name, s.boss), lambda way: LINK_WAYS(way) or SHARED_WAYS(way))}
 
 
+@ALL_IN_SLOW[2]
 @pytest.mark.parametrize("what", ENDS_OF_UPLOADS)
-def test_an_upload_under_way_ends_with_what_allowed_it(make_cloud, serve_cloud, fake, monkeypatch, what):
+def test_an_upload_under_way_ends_with_what_allowed_it(make_cloud, serve_cloud, fake, monkeypatch, what, every):
     """Law 12, every way in times every end that cuts it, and some that do not: cut at the next look; nothing is half there, and what was acknowledged before stays, unless its mount goes."""
     led, lead = set(), cs.lead_to_mounts
     monkeypatch.setattr(cs, "LOOK_AGAIN", 0)
@@ -12676,7 +12686,8 @@ def test_an_upload_under_way_ends_with_what_allowed_it(make_cloud, serve_cloud, 
     act, cuts = ENDS_OF_UPLOADS[what]
     names = list(ways_to_upload(Sender(cloud, boss, 0), address))
     cut = [name for name in names if cuts(name)]
-    for n, name in enumerate(cut + [name for name in names if name not in cut][::3 if cut else 1], 1):
+    number = list(ENDS_OF_UPLOADS).index(what)
+    for n, name in enumerate(some_of(cut, every, number) + some_of([name for name in names if name not in cut], 3 if cut else 1, number), 1):
         sender = Sender(cloud, boss, n)
         sender.fake = fake
         way, before = ways_to_upload(sender, address, name)[name], tree(cloud, sender.ann)
@@ -13883,16 +13894,18 @@ def test_each_route_gives_to_whom_it_should(cloud, ann, address):
     routes = {"%s %s" % (route.method, route.pattern): route for route in cs.walk_routes(cs.ROUTES) if route.by == "account" and route.needs != "nothing"}
     assert sorted(routes) == sorted(expected)
     circle, wrong = Circle(cloud, ann, address), []
+    tree_at = lru_cache(1)(lambda head: tree(cloud, ann))
+    tree_now = lambda: tree_at(cloud.db.head())              # read anew once something has been written
     for row, route in routes.items():
         for who in KINDS_OF_WHO:
-            before = circle.values and tree(cloud, ann)
+            before = circle.values and tree_now()
             answer, granted = circle.ask(who, route)
             body = answer.body if answer else b""
             if granted != (who in expected[row]) or answer and answer.status >= 500:
                 wrong.append((row, who, answer and answer.status))
             assert SECRET not in body or who in ("owner", "reader"), (row, who)
             assert INSIDE not in body or who not in ("waiting", "declined", "former", "left", "stranger", "visitor", "nobody"), (row, who)
-            assert granted or before is None or tree(cloud, ann) == before, (row, who)
+            assert granted or before is None or tree_now() == before, (row, who)
     assert wrong == []
     audit(cloud)
 
@@ -18235,9 +18248,10 @@ def is_noticed(door, hurt, row):
     return hurt != "a byte" or row or door != "asked for"
 
 
+@ALL_IN_SLOW[2]
 @pytest.mark.parametrize("objects", [pytest.param("", marks=of_directory("and about one")), "gateway"])
 @pytest.mark.parametrize("door", SENT)
-def test_who_sends_again_what_is_damaged_has_it_whole_then_and_all_who_refer_to_it(make_cloud, request, keys_in, tmp_path, door, objects):
+def test_who_sends_again_what_is_damaged_has_it_whole_then_and_all_who_refer_to_it(make_cloud, request, keys_in, tmp_path, door, objects, every):
     """R1, R26: acknowledged means stored"""
     keys_in(S3_KEYS.id, S3_KEYS.secret)
     cloud = make_cloud(objects=objects and request.getfixturevalue(objects).url)
@@ -18246,7 +18260,7 @@ def test_who_sends_again_what_is_damaged_has_it_whole_then_and_all_who_refer_to_
     cloud.files.make_collection(ann, ("some",))
     who = {"ann": ann, "carl": carl, "limited": ann._replace(root=cloud.files.stat(ann, ("some",)).node, scoped=True)}[sender]
     kept = {}
-    for count, (hurt, row) in enumerate(itertools.product([*HURT, "in its row"], ROWS)):
+    for count, (hurt, row) in some_of(enumerate(itertools.product([*HURT, "in its row"], ROWS)), every, list(SENT).index(door) + bool(objects)):
         data, path = random_bytes(70_000 if hurt in HURT else 70), "f%d" % count
         if not is_noticed(door, hurt, row):
             continue
@@ -22287,16 +22301,17 @@ def hostile(monkeypatch):
     return lies
 
 
+@ALL_IN_SLOW[3]
 @pytest.mark.parametrize("kind", NONSENSE)
-def test_no_value_that_a_server_sends_does_harm(laptop, cloud, ann, hostile, kind, tmp_path):
+def test_no_value_that_a_server_sends_does_harm(laptop, cloud, ann, hostile, kind, every, tmp_path):
     """X1, X2: every field of every answer, with every kind of nonsense: refused in a sentence, or named; nothing here is touched."""
     keep = {"mine": b"mine", "d": None, "d/f": b"f"}
     put(cloud, ann, "theirs", "theirs"), put(cloud, ann, "c/theirs", "theirs", parents=True)
     one, count = None, itertools.count()
     known = [tmp_path / "data", tmp_path / "config"]
     strays = lambda: {place for top in tmp_path.iterdir() if top not in (one.path, *known) for place in [top, *top.rglob("*")]}
-    for name, values in NONSENSE[kind].items():
-        for value in values:
+    for number, (name, values) in enumerate(NONSENSE[kind].items(), list(NONSENSE).index(kind)):
+        for value in some_of(values, every, number):
             if one:
                 shutil.rmtree(one.path)          # what was looked through is not looked through again
             one = laptop("one%d" % next(count))
@@ -22445,14 +22460,16 @@ def test_no_answer_is_given_more_room_than_it_needs(laptop, cloud, ann, monkeypa
     assert one.tree() == tree(cloud, ann) and 0 < max(asked) <= MiB, asked
 
 
+@ALL_IN_SLOW[3]
 @pytest.mark.parametrize("place", PLACES)
-def test_no_accident_of_the_network_ends_in_a_traceback_or_a_loss(laptop, cloud, ann, meddler, place):
+def test_no_accident_of_the_network_ends_in_a_traceback_or_a_loss(laptop, cloud, ann, meddler, place, every):
     """Y10, R12: tried again, or said in a sentence; the next run is right, and nothing was done twice."""
     one = laptop()
     one.url = "http://ann@%s:%d" % meddler.address
     client = one.start()
     client.run()
-    for name, times in itertools.product(ACCIDENTS, (1, 99)):
+    accidents = some_of(itertools.product(ACCIDENTS, (1, 99)), every, list(PLACES).index(place))
+    for name, times in accidents:
         put(cloud, ann, "theirs", random_bytes(70_000)), one.write("mine", random_bytes(70_000)), one.write("large", random_bytes(200_000))
         if place == "manifest":
             client.memory.say(cursor=-1)
@@ -22463,11 +22480,12 @@ def test_no_accident_of_the_network_ends_in_a_traceback_or_a_loss(laptop, cloud,
         meddler.play(None, "", 0)
         client.run()
         assert client.session.problems == {} and one.tree() == tree(cloud, ann) and len(one.tree()) == 3, name
-    assert len(cloud.versions.list(ann, ("mine",))) == 2 * len(ACCIDENTS)
+    assert len(cloud.versions.list(ann, ("mine",))) == len(accidents)
 
 
+@ALL_IN_SLOW[3]
 @pytest.mark.parametrize("place", PLACES)
-def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, place, monkeypatch, caplog):
+def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, place, every, monkeypatch, caplog):
     """Y10: main loop and listener both live on; what is wrong is said, and when it is over all is synced."""
     monkeypatch.setattr(cs, "SCAN_LEAST", 0.02), monkeypatch.setattr(cs, "SCAN_MOST", 0.05), monkeypatch.setattr(cs, "AGAIN_LEAST", 0.02)
     one, ended = laptop(), cs.Halt()
@@ -22480,9 +22498,7 @@ def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, pl
     before = set(threading.enumerate())
     thread.start()
     try:
-        for name, accident in ACCIDENTS.items():
-            if place == "manifest" and name != "cut in the body":
-                continue
+        for name, accident in some_of(ACCIDENTS.items(), every, list(PLACES).index(place)) if place != "manifest" else [("cut in the body", None)]:
             if place != "manifest":
                 eventually(lambda: one.tree() == tree(cloud, ann))
                 meddler.play(accident, PLACES[place], 12)
