@@ -22748,6 +22748,22 @@ def chunks_of(node: There | Base) -> list[tuple[str, int]]:
     return [(node.content, node.size)] if node.size else []
 
 
+class Order:
+    """The keys of a tree in their order, to find what is below one of them without a look at all; whoever adds a key says so."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.tree, self.keys = tree, sorted(tree)
+        self.come: set[str] = set()                  # since they were sorted; what went is not in the tree
+
+    def below(self, key: str) -> list[str]:
+        """Keys of what one holds, in order."""
+        if len(self.come) > 64 + len(self.keys) // 64:
+            self.keys, self.come = sorted(self.tree), set()
+        first, end = key + "/", key + "0"            # "0" comes next after "/"
+        known = self.keys[bisect.bisect_left(self.keys, first):bisect.bisect_left(self.keys, end)]
+        return sorted(other for other in {*known, *(other for other in self.come if other.startswith(first))} if other in self.tree)
+
+
 class Memory:
     """The memory of a folder, in its corner: base and there by key, and some words.
 
@@ -22779,6 +22795,7 @@ class Memory:
         self.young = {key for key, base in self.base.items() if not base.sure}
         self.leaving = set(json.loads(self.words.pop("leaving", "[]")))      # keys of what we were about to take away here when we last wrote down anything
         self._changed: dict[str, set[str]] = {name: set() for name in self.TREES}
+        self._order: dict[str, Order] = {}           # of trees, for those who asked
         self.steps = 0                               # how often something was agreed on
 
     def _make_table(self, name: str, kind: Any) -> None:
@@ -22823,6 +22840,8 @@ class Memory:
         if value is not None:
             if tree != "base" and mine.get(key) is value:
                 return
+            if tree in self._order and key not in mine:
+                self._order[tree].come.add(key)
             mine[key] = value
         elif mine.pop(key, None) is None:
             return
@@ -22852,10 +22871,12 @@ class Memory:
 
     def below(self, tree: str, key: str) -> list[str]:
         """Keys in a tree at and below one, from the top."""
-        mine, prefix = getattr(self, tree), key + "/"
+        mine = getattr(self, tree)
         if key in mine and not mine[key].kind:
             return [key]
-        return [key] * (key in mine) + sorted(other for other in mine if other.startswith(prefix))
+        if tree not in self._order:
+            self._order[tree] = Order(mine)
+        return [key] * (key in mine) + self._order[tree].below(key)
 
     def take_twins_along(self, path: str, new: str) -> None:
         """What could not be told apart, in a collection that we moved there: nobody tells us."""
@@ -24093,8 +24114,10 @@ class Mover:
     def __init__(self, session: Session, planner: Planner, uploader: Uploader) -> None:
         self.session, self.planner, self.uploader = session, planner, uploader
         self.folder, self.memory = session.folder, session.memory
+        self.order: Order | None = None              # of what is here, if something was renamed that holds it
 
     def follow(self) -> None:
+        self.order = None
         self._make_way()
         while self._follow_there():              # once more for what was moved out of something that was moved
             self.planner.forget_contents()       # another file may have the name of one that was read
@@ -24181,14 +24204,21 @@ class Mover:
     def _renamed_here(self, key: str, new: str, path: str) -> None:
         """Something of base, and all it holds, has another place here."""
         here, old = self.session.scan.here, self.session.scan.here[key]
-        for other in [key, *((other for other in here if other.startswith(key + "/")) if old.kind else ())]:
+        if old.kind:
+            self.order = self.order or Order(here)
+        for other in [key, *(self.order.below(key) if old.kind else ())]:
             found = here.pop(other)
-            here[new + other[len(key):]] = found._replace(path=path + found.path[len(old.path):])
+            self._put_here(new + other[len(key):], found._replace(path=path + found.path[len(old.path):]))
         now = self.folder.look(path)
         if not old.kind and now and has_same_bytes(now, old):
             here[new] = now
             self.memory.know(new, now)
         self.session.tally.moved += 1
+
+    def _put_here(self, key: str, found: Here) -> None:
+        self.session.scan.here[key] = found
+        if self.order:
+            self.order.come.add(key)
 
     def _is_respelled(self, key: str, base: Base) -> bool:
         """Has only the case of its name changed, where the file system cannot tell cases apart?"""
@@ -24251,7 +24281,7 @@ class Mover:
             found = here.get(above) or self.folder.look("/".join(names[:depth]))
             if found is None:
                 return False
-            here[above] = found
+            self._put_here(above, found)
         return True
 
     def _move_there(self, moves: list[tuple[str, str]]) -> bool:

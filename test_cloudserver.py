@@ -21200,6 +21200,25 @@ def test_renames_cost_a_rename_on_both_sides(laptop, cloud, ann):
     assert two.run().downloaded == 0 and two.tree() == tree(cloud, ann)
 
 
+def test_renames_of_many_directories_cost_what_they_hold(laptop, cloud, ann):
+    """Here and there: keys are not compared with all others for each."""
+    one, two, compared, many = laptop("one"), laptop("two"), Counter(), 100
+    for n in range(many):
+        for m in range(5):
+            one.write("d%02d/f%d" % (n, m), "%d %d" % (n, m))
+    one.run(), two.run()
+    for n in range(many):
+        (one.path / ("d%02d" % n)).rename(one.path / ("e%02d" % n))
+    for machine in (one, two):
+        sys.setprofile(lambda frame, event, function: event == "c_call" and compared.update([function.__name__]))
+        try:
+            assert machine.run(yes=True).moved == many
+        finally:
+            sys.setprofile(None)
+        assert compared.pop("startswith", 0) < 100 * many * 6
+    assert one.tree() == two.tree() == tree(cloud, ann) and len(one.tree()) == many * 6
+
+
 @pytest.mark.parametrize("differ", [True, False], ids=["other bytes", "the same bytes"])
 def test_renames_of_many_that_look_alike_cost_a_look_at_each(laptop, cloud, ann, monkeypatch, differ):
     """Nothing but what they hold tells them apart, as on Windows, where a file has no inode: each is read once, and asked for a few times."""
