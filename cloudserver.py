@@ -23600,7 +23600,7 @@ def introduce(memory: Memory, url: str, device: str, password: Callable[[str], s
 
 LANES = 2                       # requests under way while the next is prepared
 BRAKE_LEAST = 50                # deletions that never stop a run
-TURN = 120.0                    # seconds of copying in one direction before a new round begins
+TURN = 5.0                      # seconds of copying in one direction before a new round begins, where a look at the folder is not long against it
 LATE_LOOK = 0.25                # seconds of a run that may go into reading young files once more
 DISK_FULL = "the disk of %s is full"
 TOO_MUCH = ("over-quota", "disk-full", "too-large")      # refusals for which a file is too large: others may not be
@@ -23666,7 +23666,11 @@ class Session:
         self.rules, self.scan = Rules(()), Scan({}, {}, [], {}, 0.0)
         self.lane = ThreadPoolExecutor(LANES + 1, "sync")    # and what was built is brought to the medium
         self.flying: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
+        self.round, self.until = 0, 0.0
+        self.waiting: dict[str, int] = {}            # keys of what an earlier round had no time for: the round that saw it first
+        self.portions = 0                            # of large files, that were copied
         self.begin()
+        self.begin_round()
 
     def begin(self) -> None:
         """A new run; whatever an earlier one left under way does not count."""
@@ -23678,12 +23682,16 @@ class Session:
         self.tally = Tally()
         self.problems: dict[str, str] = {}           # what could not be synced, by key
         self.passed: dict[str, str] = {}             # what was passed over, or stays, by path, and why
-        self.unsettled: set[str] = set()             # paths that changed while they were read
-        self.failed: dict[str, str] = {}             # paths whose bytes the server cannot give, or does not take, in this round
-        self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
         self.commits.seen = []
         self.held = False
-        self.is_cut = False                          # did this round leave something for the next?
+
+    def begin_round(self) -> None:
+        self.round += 1
+        self.unsettled: set[str] = set()             # paths that changed while they were read
+        self.failed: dict[str, str] = {}             # paths whose bytes the server cannot give, or does not take
+        self.refused: dict[str, str] = {}            # paths at which the server has something else than we know
+        self.postponed: set[str] = set()             # keys of small files for which there was no time
+        self.is_under_way = False                    # is a large one to be carried on?
 
     def complain(self, path: str, problem: Any) -> None:
         self.problems[self.folder.key(path)] = one_line("%s: %s" % (path, getattr(problem, "strerror", None) or problem))
@@ -23707,14 +23715,50 @@ class Session:
             self._land()
         self.commits.advance()
 
-    def in_time(self, works: Iterable[Any]) -> Iterator[Any]:
-        """Some of what is to be copied in one direction: then it is the other side's turn, and time to see what is new."""
-        until = time.monotonic() + TURN
-        for work in works:
-            yield work
-            if time.monotonic() > until:
-                self.is_cut = True
+    # ---- turns: nothing waits for what is large, or for what is more than was there before
+
+    def in_time(self, small: Iterable[list[str]], large: Iterable[str]) -> Iterator[list[str]]:
+        """Keys of what is copied now, in one direction: then it is the other side's turn, and time to see what is new.
+
+        Of many small files that is some, and of a large one a portion, but for what takes less than a turn.
+        """
+        self.until, works = time.monotonic() + TURN * max(1.0, 4 * self.scan.seconds), iter(small)
+        for some in works:
+            yield some
+            if self.is_turn_over:
+                self.postponed.update(itertools.chain.from_iterable(works))
+        for count, key in enumerate(large):
+            if count and self.is_turn_over:
+                self.is_under_way = True
                 return
+            yield [key]
+
+    def carry_on(self) -> None:
+        """A portion of something large was copied; the next round goes on with it."""
+        self.is_under_way, self.portions = True, self.portions + 1
+
+    @property
+    def is_turn_over(self) -> bool:
+        return time.monotonic() > self.until
+
+    @property
+    def is_cut(self) -> bool:
+        """Did this round leave something for the next?"""
+        return self.is_under_way or bool(self.postponed)
+
+    def since(self, key: str) -> int:
+        """The round that saw first what is to be done."""
+        return self.waiting.get(key, self.round)
+
+    def newest_first(self, keys: Iterable[str]) -> list[str]:
+        return sorted(keys, key=self.since, reverse=True)
+
+    def put_off(self, deletions: Collection[str]) -> set[str]:
+        """Those of some keys that wait: for copies that turned up with them, and with what they hold."""
+        rounds = {self.since(key) for key in self.postponed}
+        waits = {above for key in deletions if self.since(key) in rounds for above in lineage(key)}.intersection(deletions)
+        self.waiting = {key: self.since(key) for key in (*self.postponed, *waits)}
+        return waits
 
     @property
     def is_time(self) -> bool:
@@ -23807,9 +23851,11 @@ class Planner:
         self.kept: dict[str, Here] = {}              # what may not be sent, by key
         self._contents: dict[tuple[str, tuple[int, ...]], str] = {}      # of files read in this round: (path, sizes of chunks)
         self._ignored: dict[str, bool] = {}          # directories that the rules of this round were asked about
+        self._differs: dict[str, tuple[Base, Here]] = {}     # what was read in doubt, and is another thing: a large file is not read each round
 
     def begin(self) -> None:
         """A new look at the folder."""
+        self._differs = {key: pair for key, pair in self._differs.items() if self.memory.base.get(key) is pair[0]}
         self.stuck, self.declined, self.ended, self.crossing, self.kept = set(), set(), {}, {}, {}
         self._contents, self._ignored = {}, {}
 
@@ -23938,10 +23984,15 @@ class Planner:
         state = state_here(base, here)
         if state != "doubt":
             return state
-        if not self.holds(here.path, base):
+        if self._differs.get(key) == (base, here):
             return "changed"
-        self.memory.know(key, here)
-        return "same"
+        content = self.content(here.path, base)
+        if content == base.content:
+            self.memory.know(key, here)
+            return "same"
+        if content is not None:
+            self._differs[key] = base, here
+        return "changed"
 
     def plan(self) -> Worklist:
         """Compare each side with base."""
@@ -24391,6 +24442,7 @@ class Uploader:
         self.unknown: set[str] = set()               # keys of what is known to us elsewhere, but not to the server
         self.limits: dict[str, tuple[int, CloudError]] = {}      # {whose: (bytes of a file that was too much, why)}, of a round
         self.left: int | None = None                 # bytes there is room for, if we asked
+        self.ahead: dict[str, tuple[Here, list[tuple[str, int]]]] = {}       # {key of a large file: (as it was, chunks the server has of it)}
 
     def make_collections(self, keys: list[str]) -> None:
         for some in pieces(keys, COMMIT_FILES):
@@ -24403,7 +24455,10 @@ class Uploader:
     def upload(self, keys: list[str]) -> None:
         """Small files by thousands in one commit; of large ones only the chunks the server lacks, which it keeps for them alone for hours."""
         here, self.limits, self.left = self.session.scan.here, {}, None
-        for some in self.session.in_time(loads(keys, lambda key: here[key].size, COMMIT_BYTES)):
+        small = self.session.newest_first(key for key in keys if here[key].size <= CHUNK_SIZE)
+        large = sorted((key for key in keys if here[key].size > CHUNK_SIZE), key=lambda key: here[key].size)
+        self.ahead = {key: self.ahead[key] for key in large if key in self.ahead}
+        for some in self.session.in_time(loads(small, lambda key: here[key].size, COMMIT_BYTES), large):
             batch = Outgoing()
             for key in some:
                 with self.session.forgiving(here[key].path):
@@ -24421,9 +24476,8 @@ class Uploader:
         if moved and key not in self.unknown and (state_here(moved, here) == "same" or self.planner.holds(here.path, moved)):
             self._offer(batch, key, here, chunks_of(moved), data)        # its bytes are there, in another home
             return
-        if here.size > CHUNK_SIZE and state_here(base, here) == "doubt" and self.planner.holds(here.path, base):
-            self.memory.know(key, here)          # it may have been cut in another way
-            return
+        if here.size > CHUNK_SIZE and state_here(base, here) == "doubt" and self.planner.state_here(key) == "same":
+            return                               # it may have been cut in another way
         with self.folder.read(here.path, here) as file:
             if here.size > CHUNK_SIZE:
                 chunks = self._send_ahead(file, key, here)
@@ -24453,21 +24507,35 @@ class Uploader:
             batch.chunks[new.content] = data
 
     def _send_ahead(self, file: BinaryIO, key: str, here: Here) -> list[tuple[str, int]] | None:
-        """Cut a large file and send what the server lacks, as long as nobody writes to it; returns its chunks, None if they are too much.
+        """Cut a large file and send what the server lacks, as long as nobody writes to it; returns its chunks, None if they are too much, or
+        not all by the end of the turn.
 
         raises  OSError
         """
-        self._check_left(key, here)
-        chunks: list[tuple[str, int]] = []
+        seen, chunks = self.ahead.pop(key, (None, []))
+        if seen and not is_like_here(seen, here):
+            raise Changing(errno.EAGAIN, "it was changed while it was sent")
+        offset = sum(size for _, size in chunks)
+        self._check_left(key, here, offset)
+        file.seek(offset)                        # after a cut: those to come fall where they would have
         for datas in loads(cut_by_content(file, here.size), len, WINDOW):
             if self._is_too_much(key, here):
                 break
             check_same(file, here)
             window = [(hashlib.sha256(data).hexdigest(), data) for data in datas]
             chunks += [(hash, len(data)) for hash, data in window]
+            offset += sum(map(len, datas))
             self.session.fly(partial(self._send_missing, dict(window)), partial(self._sent, key, here))
+            if self.session.is_turn_over and offset < here.size:
+                break
         self.session.land_all()
-        return None if self._is_too_much(key, here) else chunks
+        if self._is_too_much(key, here):
+            return None
+        if offset < here.size and self.session.is_turn_over:
+            self.ahead[key] = here, chunks
+            self.session.carry_on()
+            return None
+        return chunks
 
     # ---- what is too much for the server (invariant 7)
 
@@ -24483,14 +24551,14 @@ class Uploader:
             self.limits[self.planner.owner(key)] = here.size, why
             self.session.failed[here.path] = str(why)
 
-    def _check_left(self, key: str, here: Here) -> None:
-        """Is there room for a large file of ours?  What is sent ahead of one that does not fit would be in the way of others for hours."""
+    def _check_left(self, key: str, here: Here, sent: int) -> None:
+        """Is there room for the rest of a large file of ours?  What is sent ahead of one that does not fit would be in the way of others for hours."""
         if self.planner.owner(key):
             return
         if self.left is None:
             self.left = self.link.call("account", "GET", "/api/v1/account")["left"]
         there = self.memory.there.get(key)
-        growth = here.size - (there.size if there else 0)
+        growth = here.size - sent - (there.size if there else 0)
         if growth > self.left:
             self._limit(key, here, CloudError("over-quota", "there is room for %s more" % format_size(self.left)))
         else:
@@ -24605,6 +24673,7 @@ class Downloader:
         self.folder, self.memory, self.fetcher = session.folder, session.memory, Fetcher(session.link)
         self.built: deque[Built] = deque()           # small files that are not in their places
         self.groups: deque[tuple[int, Future[None]]] = deque()       # how many of them are brought to the medium together
+        self.parts: dict[str, tuple[str, list[tuple[str, int]]]] = {}        # {node of a large file: (its content, chunks we have of it)}
 
     def make_directories(self, keys: list[str]) -> None:
         for key in keys:
@@ -24616,21 +24685,29 @@ class Downloader:
         """Small files by thousands in one request; of large ones only the chunks that are not here."""
         there = self.memory.there
         try:
-            for group in self.session.in_time(loads([key for key in keys if not there[key].chunks], lambda key: there[key].size, COMMIT_BYTES)):
-                self._fetch_group(group)
-            self.session.land_all()
-            self._settle_groups(0)
-            for key in self.session.in_time([key for key in keys if there[key].chunks]):
-                self._download_large(key, there[key])
+            small = self.session.newest_first(key for key in keys if not there[key].chunks)
+            large = sorted((key for key in keys if there[key].chunks), key=lambda key: there[key].size)
+            self.parts = {there[key].node: self.parts[there[key].node] for key in large if there[key].node in self.parts}
+            for some in self.session.in_time(loads(small, lambda key: there[key].size, COMMIT_BYTES), large):
+                if there[some[0]].chunks:
+                    self._finish_groups()
+                    self._download_large(some[0], there[some[0]])
+                else:
+                    self._fetch_group(some)
+            self._finish_groups()
         finally:
             for one in self.built:
                 one.file.discard()
             self.built.clear(), self.groups.clear()
 
-    def _with_room(self, keys: list[str]) -> list[str]:
-        """Those there is room for here: else the same would be fetched in vain, again and again."""
+    def _finish_groups(self) -> None:
+        self.session.land_all()
+        self._settle_groups(0)
+
+    def _with_room(self, keys: list[str], built: int = 0) -> list[str]:
+        """Those there is room for here, if so many bytes are here already: else the same would be fetched in vain, again and again."""
         with suppress(OSError):
-            left, fit = shutil.disk_usage(self.folder.top).free, []
+            left, fit = shutil.disk_usage(self.folder.top).free + built, []
             for key in keys:
                 there = self.memory.there[key]
                 if there.size <= left:
@@ -24692,7 +24769,7 @@ class Downloader:
                 return
             self.memory.agree(key, there, self.respell(there, here))
             self.session.tally.downloaded += 1
-            if self.session.progress:
+            if self.session.progress and not there.chunks:
                 self.session.progress.add(there.size)
 
     def respell(self, there: There, here: Here) -> Here:
@@ -24706,15 +24783,29 @@ class Downloader:
     # ---- large files
 
     def _download_large(self, key: str, there: There) -> None:
-        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server."""
-        path = self.planner.path_here(key, there.path)
-        with self.session.forgiving(there.path), self.folder.temporary("part-" + there.content[:32]) as file:
-            chunks = chunks_of(there)
+        """Build a file from chunks of its old self, of what an earlier run fetched, and of the server, until the turn is over."""
+        path, chunks, (content, done) = self.planner.path_here(key, there.path), chunks_of(there), self.parts.pop(there.node, ("", []))
+        with self.session.forgiving(there.path), self.folder.temporary("part-" + hashlib.sha256(there.node.encode()).hexdigest()[:32]) as file:
+            built, offset = os.fstat(file.fd).st_size, sum(size for _, size in done)
+            if content != there.content or built < offset:
+                done, offset = [], 0             # what it begins with may still be so
+            if not done and not self._with_room([key], built):
+                file.end_at(0)                   # others may fit
+                return
+            os.lseek(file.fd, offset, os.SEEK_SET)
             with self._old_self(key) as (old, places):
-                for window in loads(chunks[self._verified_part(file, chunks):], lambda chunk: chunk[1], WINDOW):
-                    if not self._build(file, window, old, places):
+                for window in loads(chunks[len(done):], lambda chunk: chunk[1], WINDOW):
+                    if not (self._is_built(file, window) or self._build(file, window, old, places)):
                         self.session.failed[there.path] = "the server cannot give all of its bytes: they may be damaged there"
                         return
+                    done += window
+                    if self.session.progress:
+                        self.session.progress.add(sum(size for _, size in window))
+                    if self.session.is_turn_over and len(done) < len(chunks):
+                        self.parts[there.node] = there.content, done
+                        self.session.carry_on()
+                        return
+            file.end_at(there.size)
             self.folder.finish(file, path, there.mtime, self.session.scan.here.get(key), large=True)
             self._settle(Built(key, there, path, file))
         if self.session.is_time:
@@ -24733,16 +24824,14 @@ class Downloader:
         with self.folder.read(here.path, here) as file:
             yield file, places
 
-    def _verified_part(self, file: Temporary, chunks: list[tuple[str, int]]) -> int:
-        """How many chunks an earlier run left; the file ends after them."""
-        whole = offset = 0
+    def _is_built(self, file: Temporary, window: list[tuple[str, int]]) -> bool:
+        """Did an earlier run leave these chunks?  If not, the file ends before them."""
+        offset = os.lseek(file.fd, 0, os.SEEK_CUR)
         with open(file.fd, "rb", buffering=0, closefd=False) as left:
-            for hash, size in chunks:
-                if hashlib.sha256(read_fully(left, size)).hexdigest() != hash:
-                    break
-                whole, offset = whole + 1, offset + size
+            if all(hashlib.sha256(read_fully(left, size)).hexdigest() == hash for hash, size in window):
+                return True
         file.end_at(offset)
-        return whole
+        return False
 
     def _build(self, file: Temporary, window: list[tuple[str, int]], old: BinaryIO, places: dict[str, tuple[int, int]]) -> bool:
         """Append chunks to a file; False if one cannot be had."""
@@ -24792,14 +24881,14 @@ class SyncClient:
         self.mover = Mover(session, self.planner, self.uploader)
         self.lock: FileLock | None = None            # held for as long as we live
 
-    def run(self) -> Tally:
-        """Go on until both sides are alike.  raises Stopped, CloudError"""
+    def run(self, most: float = math.inf) -> Tally:
+        """Go on until both sides are alike, or for so many seconds, if that takes longer.  raises Stopped, CloudError"""
         session, began = self.session, time.monotonic()
         session.begin()
         sent, received = session.link.sent, session.link.received
         asked_anew, turn = False, 0
         while turn < ROUNDS:
-            session.unsettled, session.failed, session.refused, session.is_cut = set(), {}, {}, False
+            session.begin_round()
             self.follower.fetch()
             self._look()
             self.mover.follow()
@@ -24814,7 +24903,9 @@ class SyncClient:
             if session.held:
                 raise Stopped("the server holds this device because it deletes or overwrites so much; "
                               "allow or undo it on the page", ASK)
-            turn += not session.is_cut
+            turn += not session.is_cut or self._progress() == before
+            if session.is_cut and time.monotonic() - began > most:
+                break
             if self._progress() == before and plan.actions:
                 if session.refused and not asked_anew:
                     asked_anew = True
@@ -24830,9 +24921,9 @@ class SyncClient:
         session.tally.seconds = round(time.monotonic() - began, 3)
         return session.tally
 
-    def _progress(self) -> tuple[int, int]:
+    def _progress(self) -> tuple[int, int, int]:
         """Something that changes with whatever is done."""
-        return self.session.tally.work(), self.memory.steps
+        return self.session.tally.work(), self.memory.steps, self.session.portions
 
     def _look(self) -> None:
         """Scan the folder.  raises Stopped if it is not the one that was opened"""
@@ -24859,20 +24950,28 @@ class SyncClient:
         """In an order that is safe at every instant: copies first, deletions last."""
         session, here, there, before = self.session, self.session.scan.here, self.memory.there, self._progress()
         if session.progress:
-            session.progress.total = session.progress.done + sum((here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
+            begun = [chunks for _, chunks in (*self.uploader.ahead.values(), *self.downloader.parts.values())]
+            session.progress.total = session.progress.done - sum(size for chunks in begun for _, size in chunks) + sum(
+                (here.get(key) or there[key]).size for key in plan.of("upload", "download", "compare"))
         for key in plan.of("forget"):            # first, for it may be known in another place by the next note
             self.memory.set("base", key, None)
         self.memory.take_away(plan.of("compare"))
-        for key in plan.of("compare"):
-            self._compare(key)
+        by_size = sorted(session.newest_first(plan.of("compare")), key=lambda key: here[key].size > CHUNK_SIZE)
+        small = sum(here[key].size <= CHUNK_SIZE for key in by_size)
+        for some in session.in_time(loads(by_size[:small], lambda key: here[key].size, COMMIT_BYTES), by_size[small:]):
+            for key in some:
+                self._compare(key)
         self.downloader.make_directories([key for key in plan.of("download") if there[key].kind])
         self.uploader.make_collections([key for key in plan.of("upload") if here[key].kind])
         self.uploader.upload([key for key in plan.of("upload") if not here[key].kind])
         self.downloader.download([key for key in plan.of("download") if not there[key].kind])
-        if not session.is_cut or self._progress() == before:         # else there are copies to come
-            self.downloader.delete(plan.of("delete here"))
+        waits = session.put_off(plan.of("delete here", "delete there"))
+        if self._progress() == before:
+            waits = set()                        # they may make room
+        self.downloader.delete([key for key in plan.of("delete here") if key not in waits])
+        if not waits:
             self.mover.let_go(plan)
-            self.uploader.delete(plan.of("delete there"))
+        self.uploader.delete([key for key in plan.of("delete there") if key not in waits])
         session.commits.advance()
         if session.progress:
             session.progress.end()
@@ -24935,7 +25034,7 @@ class SyncClient:
         while not ended.is_set():
             news.clear()
             try:
-                self.run()
+                self.run(again)
                 trouble = ""
             except Stopped as stopped:
                 if stopped.code != FAILED:
@@ -24956,7 +25055,8 @@ class SyncClient:
             pause, said, problems = 1.0, "", self.session.problems
             again = AGAIN_LEAST if problems != before else min(AGAIN_MOST, 2 * again)
             before = problems
-            self._wait(news, ended, again if problems else None)
+            if not self.session.is_cut:
+                self._wait(news, ended, again if problems else None)
         over.set()
 
     def _wait(self, news: threading.Event, ended: Halt, again: float | None) -> None:

@@ -23250,6 +23250,141 @@ def test_whoever_has_much_to_send_sees_meanwhile_what_others_did(laptop, cloud, 
     assert [count for count, *_ in sent[:4]] == [0, 5, 10, 15] and all(old for _, *both in sent[:-1] for old in both)
 
 
+def test_what_is_new_does_not_wait_for_what_was_there_before(laptop, cloud, ann, monkeypatch):
+    """However many small files travel: what is made, changed and deleted meanwhile is on the other side two turns later."""
+    one, sent, alike = laptop(), [], {}
+    for side in ("here", "there"):
+        for name in ("edited", "gone"):
+            put(cloud, ann, "z/%s %s" % (side, name), "old", parents=True)
+    one.run()
+    monkeypatch.setattr(cs, "TURN", 0), monkeypatch.setattr(cs, "FIRST_FILES", 5), monkeypatch.setattr(cs, "COMMIT_FILES", 5)
+    for n in range(60):
+        one.write("mine/%02d" % n, "mine%d" % n), put(cloud, ann, "theirs/%02d" % n, "theirs%d" % n, parents=True)
+    send, late = cs.Commits.send, lambda files: {path: data for path, data in files.items() if path.startswith("z/")}
+
+    def seen(commits, steps, *rest):
+        sent.append(len(steps))
+        if len(sent) == 5:
+            for name in ("edited", "new"):
+                one.write("z/here " + name, name), put(cloud, ann, "z/there " + name, name)
+            (one.path / "z/here gone").unlink(), cloud.files.delete(ann, ("z", "there gone"))
+        alike[len(sent)] = late(one.tree()) == late(tree(cloud, ann))
+        return send(commits, steps, *rest)
+    monkeypatch.setattr(cs.Commits, "send", seen)
+    one.run()
+    assert not alike[5] and alike[8] and len(sent) >= 12 and one.tree() == tree(cloud, ann) and len(one.tree()) == 60 + 60 + 4 + 3
+
+
+class Travels:
+    """What travels of large files, portion by portion, each a turn of its own; {number: what is done}: acts while it is under way, between before the next round."""
+    SIZES = {"TURN": 0, "WINDOW": 1, "CHUNK_SIZE": 128 * KiB, "CUT_LEAST": 32 * KiB, "CUT_MOST": 128 * KiB}      # what is huge has a MiB
+
+    def __init__(self, cloud, patch):
+        self.count, self.acts, self.between, self.hashes = 0, {}, {}, Counter()
+        send, read, begin = cloud.sync.send, cloud.sync.read_chunks, cs.Session.begin_round
+        for name, value in self.SIZES.items():
+            patch.setattr(cs, name, value)
+
+        def sending(who, frames):
+            stored = send(who, frames)
+            self.passes("up", stored)
+            return stored
+
+        def reading(who, hashes):
+            size, parts = read(who, hashes)
+            if size > 5000:
+                self.passes("down", hashes)
+            return size, parts
+
+        def beginning(session):
+            for number in [number for number in self.between if number <= self.count]:
+                self.between.pop(number)()       # no file is open: Windows lets nobody rename one that is
+            begin(session)
+        patch.setattr(cloud.sync, "send", sending), patch.setattr(cloud.sync, "read_chunks", reading), patch.setattr(cs.Session, "begin_round", beginning)
+
+    def passes(self, way, hashes):
+        self.hashes.update((way, hash) for hash in hashes)
+        self.count += 1
+        self.acts.pop(self.count, lambda: None)()
+
+
+@pytest.fixture
+def travels(cloud, monkeypatch):
+    return Travels(cloud, monkeypatch)
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_nothing_waits_for_a_huge_file(laptop, cloud, ann, travels, way):
+    """What is done to small files while it is under way, here and there, is on the other side two portions later."""
+    one, alike = laptop(), {}
+    for name in ("edited", "gone", "renamed"):
+        one.write("here/" + name, name), put(cloud, ann, "there/" + name, name, parents=True)
+    one.run()
+    (one.write if way == "up" else partial(put, cloud, ann))("a huge one", random_bytes(2 * MiB))
+    small = lambda files: {path: data for path, data in files.items() if path != "a huge one"}
+
+    def change():
+        one.write("here/edited", "again"), one.write("here/new/file", "new"), (one.path / "here/gone").unlink(), (one.path / "here/renamed").rename(one.path / "here/is")
+        put(cloud, ann, "there/edited", "again"), put(cloud, ann, "there/new/file", "new", parents=True)
+        cloud.files.delete(ann, ("there", "gone")), cloud.files.move(ann, (("there", "renamed"), ("there", "is")))
+
+    def look(count):
+        alike[count] = small(one.tree()) == small(tree(cloud, ann)), len(small(one.tree()))
+    travels.acts = {3: change, **{n: partial(look, n) for n in (4, 5, 6)}}
+    one.run()
+    assert alike[5] == (True, 10) and travels.count >= 8 and max(travels.hashes.values()) == 1 and one.tree() == tree(cloud, ann)
+
+
+HUGE_ACTS = {  # what is done to a huge file that travels: which of its contents are there in the end, {way: o(ld), b(rought), e(dited)}
+    "edited here": {"up": "e", "down": "be"}, "renamed here": {"up": "b", "down": "ob"}, "deleted here": {"up": "", "down": "b"},
+    "edited there": {"up": "be", "down": "e"}, "renamed there": {"up": "ob", "down": "b"}, "deleted there": {"up": "b", "down": ""}}
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("act", list(HUGE_ACTS))
+def test_whatever_becomes_of_a_huge_file_while_it_travels(laptop, cloud, ann, travels, way, act):
+    """... both sides are alike in the end, nothing is lost, and no chunk travels twice."""
+    one, old, brought = laptop(), random_bytes(300 * KiB), random_bytes(MiB)
+    edited = brought + random_bytes(100 * KiB)
+    one.write("d/huge", old)
+    one.run()
+    (one.write if way == "up" else partial(put, cloud, ann))("d/huge", brought)
+    travels.hashes.clear()
+    travels.between = {travels.count + 2: {
+        "edited here": lambda: one.write("d/huge", edited), "edited there": lambda: put(cloud, ann, "d/huge", edited),
+        "renamed here": lambda: (one.path / "d/huge").rename(one.path / "d/other"), "renamed there": lambda: cloud.files.move(ann, (("d", "huge"), ("other",))),
+        "deleted here": lambda: (one.path / "d/huge").unlink(), "deleted there": lambda: cloud.files.delete(ann, ("d", "huge"))}[act]}
+    one.run()
+    assert not travels.between and not one.problems and max(travels.hashes.values()) == 1
+    files = [data for data in one.tree().values() if data is not None]
+    assert sorted(files) == sorted({"o": old, "b": brought, "e": edited}[letter] for letter in HUGE_ACTS[act][way])
+    assert one.tree() == tree(cloud, ann) and one.run().work() == 0
+
+
+def test_who_is_killed_amid_a_huge_file_sends_and_fetches_only_what_is_missing(laptop, cloud, ann, travels, tmp_path):
+    """Real processes, killed at a portion; then once more, when a part of it was changed.  Each chunk travels once, and none that is there."""
+    program = [sys.executable, "-c", "%s; vars(cs).update(%r, LANES=0); sys.exit(cs.main())" % (IMPORT, travels.SIZES)]
+    url, env, before, data = laptop().url, {**os.environ, "CLOUDSERVER_PASSWORD": PASSWORD}, set(), random_bytes(MiB)
+
+    def sync(name, deadly=None):
+        process = popen("sync", tmp_path / name, url, "--once", program=program, env=env, stdout=subprocess.DEVNULL)
+        if deadly:
+            travels.acts = {travels.count + deadly: lambda: (process.kill(), process.wait(60))}
+        assert (process.wait(60) == 0) != bool(deadly) and not travels.acts
+
+    (tmp_path / "one").mkdir()
+    for part in (data, data[:400 * KiB] + random_bytes(400 * KiB) + data[500 * KiB:]):
+        (tmp_path / "one/huge").write_bytes(part)
+        chunks = {chunk(piece)[0] for piece in cs.cut_by_content(io.BytesIO(part))}
+        for name in ("one", "two"):
+            travels.hashes.clear()
+            sync(name, deadly=2), sync(name)
+            assert {hash for _, hash in travels.hashes} == chunks - before and len(travels.hashes) > 3
+            assert sum(travels.hashes.values()) - len(travels.hashes) == (name == "two")         # asked for, but not answered, when it was killed
+        before = chunks
+        assert (tmp_path / "two/huge").read_bytes() == part == get(cloud, ann, "huge")
+
+
 @pytest.mark.parametrize("size", [1 << exponent for exponent in range(20, 41)])
 def test_the_chunks_of_a_file_of_any_size_can_be_named_in_a_commit(size):
     """The largest one may have by default is a TiB."""
