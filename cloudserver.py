@@ -14440,7 +14440,8 @@ class Uploads:
             return self.db.run(*forget_upload(upload.id))
         if number not in dict(parts):
             raise CloudError("not-found", "there is no such part")
-        self.db.run(Statement("UPDATE upload SET received = received - ? WHERE id = ?", (dict(parts)[number], upload.id)),
+        self.db.run(Statement("UPDATE upload SET received = received - (SELECT coalesce(sum(size), 0) FROM upload_chunk WHERE upload = ?1 AND part = ?2) "
+                              "WHERE id = ?1", (upload.id, number)),           # as much as it has by now
                     Statement("DELETE FROM upload_chunk WHERE upload = ? AND part = ?", (upload.id, number)))
 
     def join_parts(self, who: Principal, name: str, path: tuple[str, ...], given: Preconditions = ANY,

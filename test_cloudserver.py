@@ -10884,6 +10884,17 @@ def test_what_took_the_place_of_lost_bytes_is_not_lost(cloud, ann, bob, monkeypa
     assert cloud.contents.lacking([hash]) == {hash} and cloud.db.read("SELECT bad FROM chunk WHERE hash = ?", (hash,)) == [(None,)]
 
 
+def test_a_part_that_goes_takes_as_much_along_as_it_has_by_then(cloud, ann, monkeypatch):
+    """Q1: it may be sent anew meanwhile; what is said to have come is reserved."""
+    cloud.uploads.begin_parts(ann, "t")
+    cloud.uploads.put_part(ann, "t", 1, Body(bytes(10)))
+    look = cloud.uploads.parts
+    monkeypatch.setattr(cloud.uploads, "parts", lambda *whose: (look(*whose), cloud.uploads.put_part(ann, "t", 1, Body(bytes(30))))[0])
+    cloud.uploads.drop_parts(ann, "t", 1)
+    monkeypatch.undo()
+    assert cloud.uploads.parts(ann, "t")[0].received == 0 == cloud.space.reserved(ann.account)
+
+
 def test_parts_have_their_limits(make_cloud, fake):
     """Q1, R23"""
     cloud = make_cloud(clock=fake.clock())
