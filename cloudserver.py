@@ -8978,8 +8978,8 @@ class Locks:
         locks = [Lock._make(row) for row in read(
             "SELECT l.token, l.home, l.node, l.account, l.deep, l.exclusive, l.owner, l.seconds, l.due, a.name FROM lock l LEFT JOIN account a ON a.id = l.account "
             "WHERE l.home IN (" + marks(homes) + ") AND l.due > ?", (*homes, self.clock.due()))]
-        guests = {lock.node: lock.account for lock in locks if lock.account != lock.home}
-        rights, above = {account: self.mounts.rights_of(account, read) for account in set(guests.values())}, holders(read, guests)
+        guests = [lock for lock in locks if lock.account != lock.home]
+        rights, above = {account: self.mounts.rights_of(account, read) for account in {lock.account for lock in guests}}, holders(read, {lock.node for lock in guests})
         return [lock for lock in locks if lock.account == lock.home or not rights[lock.account]((*above[lock.node], lock.node)).isdisjoint(CHANGES)]
 
     def _below(self, place: Place, nodes: set[int]) -> list[Lock]:

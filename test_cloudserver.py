@@ -11697,6 +11697,19 @@ ENDS_OF_A_GRANT = {  # by what somebody may change nothing any more where they h
     "due": lambda cloud, ann, bob, id: cloud.db.run(Statement("UPDATE share SET due = 1 WHERE id = ?", (id,))), "account": lambda cloud, ann, bob, id: cloud.accounts.remove("bob")}
 
 
+def test_guests_lock_the_same_together(cloud, ann, people):
+    """... and each of these locks stands by the right of whose it is."""
+    put(cloud, ann, "d/f", parents=True)
+    given = {name: give(cloud, ann, "d", name, role="edit") for name in ("bob", "cem")}
+    locks = [take_lock(cloud, getattr(people, name), "d/f", exclusive=False) for name in given]
+    assert put(cloud, people.bob, "d/f", b"2", holding(*locks)) and outcome(put, cloud, ann, "d/f", b"3") == "locked"
+    here = cloud.tree.mounts.seen_by(ann)
+    stands = lambda: [lock.name for lock in cloud.locks.among(here, [cloud.files.stat(ann, ("d", "f"))])(cloud.files.stat(ann, ("d", "f")))]
+    assert sorted(stands()) == ["bob", "cem"]
+    cloud.sharing.end(ann, given["cem"])
+    assert stands() == ["bob"]
+
+
 @pytest.mark.parametrize("how", ENDS_OF_A_GRANT)
 @pytest.mark.parametrize("where, deep", [("d/c", True), ("d/f", False)])
 def test_a_lock_ends_with_what_allowed_it(cloud, ann, bob, how, where, deep):
