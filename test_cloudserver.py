@@ -804,6 +804,11 @@ def some_of(rows, every, number):
     return list(rows)[number % every::every]
 
 
+def some_pairs(ones, others, every):
+    """For parametrize: each of the ones with each of the others, of which each of both is in the default run with some, and the rest is slow."""
+    return [pytest.param(one, other, marks=slow if (n + m) % every else ()) for n, one in enumerate(ones) for m, other in enumerate(others)]
+
+
 def eventually(look, seconds=60):
     """What it returns as soon as that is something.  What is being moved is not there when it is looked at, and on Windows cannot be.
 
@@ -5731,12 +5736,14 @@ def servers(database_of, tmp_path, postgres):
         yield start
 
 
-def test_drill_of_servers_that_write_at_once(servers, rng):
+@pytest.mark.parametrize("count", [15, pytest.param(60, marks=slow)])
+def test_drill_of_servers_that_write_at_once(servers, rng, count):
     opened, _ = servers(3)
-    Drill(opened, rng).run(2, 30)
+    Drill(opened, rng).run(2, count)
 
 
-def test_drill_of_connections_that_break_before_and_after_commits(servers, rng, monkeypatch):
+@pytest.mark.parametrize("count", [12, pytest.param(60, marks=slow)])
+def test_drill_of_connections_that_break_before_and_after_commits(servers, rng, monkeypatch, count):
     monkeypatch.setattr(cs, "RETRY_PAUSE", 0.01)
     opened, proxies = servers(3)
 
@@ -5755,7 +5762,7 @@ def test_drill_of_connections_that_break_before_and_after_commits(servers, rng, 
         proxy.go()
         drill.go_on(rng.randrange(8))
     drill = Drill(opened, rng)
-    drill.run(2, 25, disturb)
+    drill.run(2, count, disturb)
 
 
 @pytest.mark.parametrize("count", [25, pytest.param(400, marks=slow)])
@@ -8095,8 +8102,7 @@ BRING_BACK = {  # how somebody may try to have them again
 }
 
 
-@pytest.mark.parametrize("purged", [False, True], ids=["marked", "and swept"])
-@pytest.mark.parametrize("back", BRING_BACK)
+@pytest.mark.parametrize("back, purged", some_pairs(BRING_BACK, [False, True], 2))
 @pytest.mark.parametrize("give_up", GIVE_UP)
 @pytest.mark.parametrize("deleted", [("d",), ("d", "f"), ("d", "e", "g")], ids="/".join)
 def test_what_is_given_up_can_neither_be_read_nor_brought_back(cloud, ann, deleted, give_up, back, purged):
@@ -11161,7 +11167,7 @@ OF_MANY = [  # what is done before, what is asked then, and where in collections
 def test_what_is_asked_of_many_is_asked_by_pages(make_cloud, tally, before, name, ask):
     """A statement for each would cost a way to the database and back, times all of them."""
     counts = []
-    for count in 20, 60:
+    for count in 10, 30:
         crowd = Crowd(make_cloud(name="of-%d" % count), count, name.endswith("wide"))
         if before:
             getattr(crowd, before)()
@@ -12468,22 +12474,22 @@ WAYS_OF_NEXTCLOUD = ["/public.php/dav/files/%s/f", "/public.php/dav/files/%s/f?p
 PARTS_OF_IT = [None, "bytes=0-", "bytes=1-", "bytes=-199", "bytes=0-9,10-", "bytes=1-,0-0", "bytes=01-", "Bytes=1-", "bytes= 1-", "bytes=1-5,6-199"]
 
 
-def test_no_address_of_a_counted_link_gives_bytes_without_a_use(cloud, ann, link, address):
+@ALL_IN_SLOW[3]
+def test_no_address_of_a_counted_link_gives_bytes_without_a_use(cloud, ann, link, address, every):
     """Law 12: whatever is asked for, and how; a page shows nothing by itself, and who looks at all of a file has downloaded it."""
     data = b"\xff\xd8\xff" + bytes(range(197))
     put(cloud, ann, "d/f", data, parents=True), put(cloud, ann, "d/g", b"\xff\xd8\xff other", parents=True)
     cloud.pictures.put(ann, ("d", "f"), b"\xff\xd8\xff small")
-    for way in WAYS_TO_BYTES + WAYS_OF_NEXTCLOUD:
-        for part in PARTS_OF_IT:
-            for accept in "*/*", "text/html":
-                visit = link("d", uses=1, role="edit")
-                where = way % visit.token if "%s" in way else way if "webdav" in way else "/s/" + visit.token + way
-                headers = {"Accept": accept, **({"Range": part} if part else {}), **({"Authorization": basic(visit.token, "")} if "webdav" in way else {})}
-                got = exchange(address, "GET", where, user=None, **headers)
-                used = cloud.sharing.get(ann, visit.id).share.used
-                assert used == 1 or got.status in (200, 404, 409, 416) and data[3:5] not in got.body, (where, part, got)
-                if used and got.status == 200:           # nothing is left, and nothing goes on that was not begun
-                    assert exchange(address, "GET", "/s/%s/g" % visit.token, user=None, Range="bytes=1-").status == 410
+    for number, way in enumerate(WAYS_TO_BYTES + WAYS_OF_NEXTCLOUD):
+        for part, accept in some_of(itertools.product(PARTS_OF_IT, ("*/*", "text/html")), every, number):
+            visit = link("d", uses=1, role="edit")
+            where = way % visit.token if "%s" in way else way if "webdav" in way else "/s/" + visit.token + way
+            headers = {"Accept": accept, **({"Range": part} if part else {}), **({"Authorization": basic(visit.token, "")} if "webdav" in way else {})}
+            got = exchange(address, "GET", where, user=None, **headers)
+            used = cloud.sharing.get(ann, visit.id).share.used
+            assert used == 1 or got.status in (200, 404, 409, 416) and data[3:5] not in got.body, (where, part, got)
+            if used and got.status == 200:           # nothing is left, and nothing goes on that was not begun
+                assert exchange(address, "GET", "/s/%s/g" % visit.token, user=None, Range="bytes=1-").status == 410
     visit = link("d", uses=1, role="edit")
     assert visit("GET", "/f").status == 200 and visit("GET", "/f", Range="bytes=9-").body == data[9:]
     put(cloud, ann, "d/f", b"another")                   # what is there by now was not begun
@@ -18567,8 +18573,7 @@ def test_a_damaged_file_says_so_before_its_first_byte(call, cloud, ann, address,
     assert "d/one%20chunk" in caplog.text
 
 
-@pytest.mark.parametrize("source", ["a backup", "an export", "a folder where it is called otherwise"])
-@pytest.mark.parametrize("how", DAMAGES[:3])
+@pytest.mark.parametrize("source, how", some_pairs(["a backup", "an export", "a folder where it is called otherwise"], DAMAGES[:3], 3))
 def test_repair_brings_parts_back(make_cloud, tmp_path, how, source):
     """R26: from whatever has the bytes; it shows its plan, and changes nothing until told to."""
     cloud = make_cloud()
@@ -20269,8 +20274,7 @@ def test_a_supervisor_that_is_told_to_stop_at_any_moment_stops_at_once(rng, coun
 
 
 @needs_fork
-@pytest.mark.parametrize("kind", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("how", ["it waits", "it works", "the server is away"])
+@pytest.mark.parametrize("kind, how", some_pairs(["SIGTERM", "SIGINT"], ["it waits", "it works", "the server is away"], 2))
 def test_a_sync_that_is_told_to_stop_stops_soon(serve, tmp_path, how, kind):
     """While it has nothing to do, amid much that it has, and while it waits for a server."""
     served, folder = serve("--workers", 1), tmp_path / "folder"
@@ -20454,7 +20458,9 @@ def hops(make_cloud, database_of, tmp_path):
 
 
 @BOTH_ENGINES
-@pytest.mark.parametrize("here, there", [("", "directory"), ("directory", "bucket"), ("bucket", "directory"), ("bucket", "the same"), ("directory", "the same"), ("", "the same")])
+@pytest.mark.parametrize("here, there", [
+    ("", "directory"), ("bucket", "directory"), ("directory", "the same"), *(pytest.param(*row, marks=slow) for row in (
+        ("directory", "bucket"), ("bucket", "the same"), ("", "the same")))])
 def test_a_cloud_moves_to_the_cluster_and_back_and_is_the_same(make_cloud, database_of, tmp_path, request, keys_in, here, there):
     """Wherever its objects are, whether they stay there or go with it."""
     if "bucket" in (here, there):
@@ -21939,8 +21945,7 @@ def damage_chunks(cloud, *datas):
             place.chmod(0o600), flip(place)
 
 
-@pytest.mark.parametrize("noted", [False, True])
-@pytest.mark.parametrize("bad", ["first", "last", "many", "large", "inline"])
+@pytest.mark.parametrize("noted, bad", some_pairs([False, True], ["first", "last", "many", "large", "inline"], 2))
 def test_a_damaged_chunk_costs_only_the_files_that_hold_it(small_chunks, laptop, cloud, ann, noted, bad, monkeypatch):
     """Y7: all the others come, in the same run; the damaged ones are named; nothing is fetched again and again."""
     small = [b"%03d" % n * 30_000 for n in range(40)]
@@ -21985,9 +21990,9 @@ def test_whatever_time_a_file_has_it_is_synced_and_stays_the_same(laptop, cloud,
     assert one.tree() == two.tree() == tree(cloud, ann) == {"here": b"edited", "there": b"edited"}
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
-                                   cs.Stopped("no more"), KeyError("a bug"), MemoryError()])
-@pytest.mark.parametrize("where", ["finish", "settle", "prove", "content", "look"])
+@pytest.mark.parametrize("error, where", some_pairs(
+    [OSError(28, "No space left on device"), PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), cs.Stopped("no more"), KeyError("a bug"), MemoryError()],
+    ["finish", "settle", "prove", "content", "look"], 2))
 def test_no_file_under_construction_outlives_what_goes_wrong(small_chunks, laptop, cloud, ann, monkeypatch, error, where):
     """Y11, Y12: whatever raises, on the third call and from then on; and the next run brings all."""
     one = laptop()
@@ -24115,8 +24120,7 @@ def test_a_strangers_rules_steer_nobody(shared_laptop, cloud, ann, bob):
     assert tree(cloud, bob) == one.tree() and {"own.log", "photos2/mine", "photos/x.log", "photos/.cloudignore", "cloudignore"} <= one.tree().keys()
 
 
-@pytest.mark.parametrize("point", ["take_away", "rename", "remove", "flush", "_ask"])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("point, when", some_pairs(["take_away", "rename", "remove", "flush", "_ask"], ["before", "after"], 2))
 def test_whoever_is_killed_as_something_ends_goes_on(shared_laptop, laptop, cloud, ann, bob, point, when):
     """Only what was changed becomes somebody's own, wherever it was interrupted."""
     for count in range(1, 9):
@@ -25954,7 +25958,7 @@ def random_shares(rounds, rng, tmp_path, patch):
 
 def test_people_share_and_all_that_can_happen(tmp_path, rng, monkeypatch):
     """Laws 1 to 7, 9 and 12 of sharing: what is shown at each door is what may be seen, no etag names two states, and nothing is lost."""
-    random_shares(60, rng, tmp_path, monkeypatch)
+    random_shares(40, rng, tmp_path, monkeypatch)
 
 
 @slow
