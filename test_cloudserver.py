@@ -16307,6 +16307,17 @@ def test_a_save_is_refused_for_its_growth_alone(cloud, ann, door):
     audit(cloud)
 
 
+@pytest.mark.parametrize("size", [60_000, 90_000])
+def test_chunks_that_are_sent_again_have_their_room(make_cloud, size):
+    """Q1, R24: whoever did not hear that they came sends them once more; what is new is still too much."""
+    cloud = make_cloud()
+    ann, data = account(cloud, quota=100_000), random_bytes(size)
+    for _ in range(3):
+        assert cloud.sync.send(ann, [data]) == [hashlib.sha256(data).hexdigest()]
+    assert outcome(cloud.sync.send, ann, [data, random_bytes(50_000)]) == "over-quota"
+    assert cloud.db.read("SELECT sum(size) FROM loose") == [(size,)]
+
+
 def test_a_commit_keeps_to_quota_locks_and_readers(cloud, ann):
     bob = account(cloud, "bob", quota=100)
     assert codes(commit(cloud, bob, [step_put("a", b"x" * 60), step_put("b", b"y" * 60), step_put("a", b"z" * 90)],
