@@ -5964,11 +5964,14 @@ LETTERS = ("word", "Word", "wording", "Straße", "STRASSE", "über", "uber", "u\
            "中文字", "日本", "\ud55c\uad6d", "\u0e44\u0e17\u0e22", "x" * 600, "\ufb01nal", "C++", "snake_case", "@5", "'quoted'", "back\\slash", "100%", "end.", "ǅ", "naïvely")
 
 
-ASSIGNED = [sign for sign in map(chr, range(1, 0x110000)) if unicodedata.category(sign) not in ("Cn", "Cs", "Co")]
+@lru_cache(None)
+def assigned():
+    """All characters that Unicode has given a meaning; to ask for each takes a while, and most processes that run tests need none."""
+    return [sign for sign in map(chr, range(1, 0x110000)) if unicodedata.category(sign) not in ("Cn", "Cs", "Co")]
 
 
 def test_an_index_has_the_words_that_were_cut_here_of_all_characters(cloud):
-    index, texts = cloud.db.index(), [" ".join("ab%scd" % sign for sign in ASSIGNED[at:at + 2000]) for at in range(0, len(ASSIGNED), 2000)]
+    index, texts = cloud.db.index(), [" ".join("ab%scd" % sign for sign in assigned()[at:at + 2000]) for at in range(0, len(assigned()), 2000)]
     cloud.db.run(index.put_texts([(1 + n, 7, text) for n, text in enumerate(texts)]))
     if cloud.config.database:
         found = {(n, word) for n, word in cloud.db.read("SELECT id, unnest(tsvector_to_array(words)) FROM text_words") if word != "@7"}
@@ -5999,8 +6002,8 @@ def test_every_engine_finds_the_same(make_cloud, database_of, tmp_path, rng, mon
     clouds = [make_cloud(Config(data=tmp_path / "one", database="")), make_cloud(Config(data=tmp_path / "two", database=database_of(tmp_path)))]
     texts = {"%d%s.txt" % (n, rng.choice(LETTERS[:6])): rng.choice((" ", "\n", ", ", "-")).join(rng.choices(LETTERS, k=rng.randrange(1, 12))) for n in range(40)}
     texts["long.txt"] = " ".join(["%x" % n for n in range(5_000)]) + " atlast"
-    signs = ["ab%scd" % sign for sign in rng.sample(ASSIGNED, 12)]
-    texts.update(("signs%d.txt" % n, rng.choice((" ", "")).join(rng.sample(ASSIGNED, 200)) + " ".join(rng.sample(signs, 6))) for n in range(4))
+    signs = ["ab%scd" % sign for sign in rng.sample(assigned(), 12)]
+    texts.update(("signs%d.txt" % n, rng.choice((" ", "")).join(rng.sample(assigned(), 200)) + " ".join(rng.sample(signs, 6))) for n in range(4))
     found = []
     for cloud in clouds:
         ann, bob, upkeep = account(cloud), account(cloud, "bob"), cs.Upkeep(cloud)
@@ -15480,8 +15483,9 @@ def declared_routes():
     return [(route.method, re.sub("<.*", "f", route.pattern), route.values) for route in cs.walk_routes(cs.ROUTES) if route.values]
 
 
-def test_no_declared_value_of_any_route_breaks_the_server(careless, cloud, ann):
-    """X22, X23: each declared field of each route, with each hostile value."""
+@pytest.mark.parametrize("most", [1500, pytest.param(10 ** 6, marks=slow)])
+def test_no_declared_value_of_any_route_breaks_the_server(careless, cloud, ann, rng, most):
+    """X22, X23: each declared field of each route, with each hostile value; or some of all that."""
     def requests():
         for method, address, declared in declared_routes():
             given = {name: PLAIN_VALUES[kind] for name, kind in declared.items() if name[-1] != "_"}
@@ -15498,7 +15502,7 @@ def test_no_declared_value_of_any_route_breaks_the_server(careless, cloud, ann):
                 yield method, address, body, {}
     found = list(requests())
     assert len(found) > 3000
-    check_answers(cloud, ann, found)
+    check_answers(cloud, ann, rng.sample(found, min(most, len(found))))
 
 
 def test_no_declared_value_is_taken_for_what_it_is_not(careless, cloud, ann):
