@@ -22433,18 +22433,25 @@ class Meddler(threading.Thread):
         super().__init__(daemon=True)
         self.target, self.listener = target, socket.create_server(("127.0.0.1", 0), backlog=64)
         self.address, self.accident, self.mark, self.left, self.done = self.listener.getsockname(), None, "", 0, 0
+        self.ended = False
         self.start()
 
     def play(self, accident, mark, times):
         self.accident, self.mark, self.left, self.done = accident, mark, times, 0
 
     def run(self):
-        while True:
-            try:
+        with self.listener, contextlib.suppress(OSError):        # closed by whom it belongs to, and while nobody waits there
+            while True:
                 near, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.relay, args=(near,), daemon=True).start()
+                if self.ended:
+                    return near.close()
+                threading.Thread(target=self.relay, args=(near,), daemon=True).start()
+
+    def end(self):
+        self.ended = True
+        with contextlib.suppress(OSError):
+            socket.create_connection(self.address, 60).close()
+        self.join(60)
 
     def relay(self, near):
         """Requests of one connection, one after the other, each whole."""
@@ -22511,7 +22518,7 @@ def meddler(address, monkeypatch):
     monkeypatch.setattr(cs, "CHUNK_SIZE", 80_000), monkeypatch.setattr(cs, "CUT_LEAST", 50_000), monkeypatch.setattr(cs, "CUT_MOST", 80_000)
     proxy = Meddler(address)
     yield proxy
-    proxy.listener.close()
+    proxy.end()
 
 
 def test_no_answer_is_given_more_room_than_it_needs(laptop, cloud, ann, monkeypatch):
