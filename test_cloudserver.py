@@ -22587,9 +22587,9 @@ def test_no_accident_of_the_network_ends_a_watch(laptop, cloud, ann, meddler, pl
 
 def test_a_watch_says_the_same_trouble_once(laptop, cloud, ann, monkeypatch, caplog):
     one, ended = laptop(), cs.Halt()
-    client, runs = one.start(), []
-    monkeypatch.setattr(client, "run", lambda: runs.append(1) or (_ for _ in ()).throw(cs.Stopped("away") if len(runs) < 5 else ValueError("strange")))
-    monkeypatch.setattr(ended, "wait", lambda seconds: len(runs) > 8 and ended.set())
+    client, waits = one.start(), []
+    monkeypatch.setattr(client, "run", lambda most: (_ for _ in ()).throw(cs.Stopped("away") if len(waits) < 4 else ValueError("strange")))
+    monkeypatch.setattr(ended, "wait", lambda seconds: waits.append(1) or len(waits) > 8 and ended.set())
     client.watch(ended, None, one.listener)
     assert [record.message for record in caplog.records if record.name == "cloudserver"] == ["away", "ValueError: strange"]
 
