@@ -24570,18 +24570,6 @@ class World:
         self.done = []                           # names of steps, to be shown when something goes wrong
         patch.setattr(cs.Session, "is_time", property(lambda session: rng.random() < 0.4))   # to write down what is agreed on
         patch.setattr(cs, "YOUNG", -1), patch.setattr(cs, "LATE_LOOK", 10)     # two writes in a tick of the clock are told apart by the next run
-        for name, values in {"TURN": [-1, 5], "FIRST_FILES": [1, 3, 250], "COMMIT_FILES": [3, 2000], "WINDOW": [1, 4 * MiB], "CUT_MOST": [MiB, 8 * MiB]}.items():
-            patch.setattr(cs, name, rng.choice(values))          # how much of what is done before the other side has its turn
-        self.has_met_quota, insist = False, cs.insist
-
-        def across(act, *places):
-            """On the first laptop, what is in d may be a disk of its own."""
-            ones = [self.laptops[0].path in Path(place).parents for place in places]
-            if all(ones) and act in (os.rename, os.replace) and len({"d" in Path(place).parts[:-1] for place in places}) > 1:
-                raise OSError(errno.EXDEV, "to another disk", places[0])
-            return insist(act, *places)
-        if rng.random() < 0.5:
-            patch.setattr(cs, "insist", across)
 
     # ---- the server
 
@@ -24633,8 +24621,8 @@ class World:
         self.wanted |= after.keys() - before.keys() - self.seen
         self.seen |= after.keys()
         self.dead -= after.keys() if look == self.there else after.keys() - before.keys()
-        if (self.folds or self.has_met_quota) and look != self.there:
-            self.promised -= (before - after).keys() - self.known()      # what had no room could not be sent, nor a twin, once the server had lost it
+        if self.folds and look != self.there:
+            self.promised -= (before - after).keys() - self.known()      # a twin could not be sent, once the server had lost it
 
     def run(self, machine, **how):
         """One run that nothing disturbs; what was there when it began is on the server then."""
@@ -24854,13 +24842,7 @@ class World:
             self.check()
             self.run(machine)
 
-    def meet_quota(self):
-        """Until all are alike the next time, or another is met."""
-        self.has_met_quota = True
-        self.cloud.accounts.update("ann", self.ann, quota=self.rng.choice([40, 100, 6_000_000]))
-
-    STEPS = [(40, edit), (10, interfere), (10, fail), (20, use_page), (4, rewind), (3, empty_trash), (3, collect), (3, save), (3, put_back), (4, vanish), (2, revoke),
-             (4, lose_power), (4, meet_quota)]
+    STEPS = [(40, edit), (10, interfere), (10, fail), (20, use_page), (4, rewind), (3, empty_trash), (3, collect), (3, save), (3, put_back), (4, vanish), (2, revoke), (4, lose_power)]
 
     def step(self):
         weights, steps = zip(*self.STEPS)
@@ -24870,7 +24852,6 @@ class World:
 
     def settle(self):
         """Until nobody has anything to do: then all are alike."""
-        self.cloud.accounts.update("ann", self.ann, quota=None)
         for _ in range(6):
             if not any([machine.run(yes=True, again=True).work() for machine in (*self.laptops, self.laptops[0])]):
                 break
