@@ -24885,13 +24885,14 @@ class SyncClient:
         self.uploader, self.downloader = Uploader(session, self.planner), Downloader(session, self.planner)
         self.mover = Mover(session, self.planner, self.uploader)
         self.lock: FileLock | None = None            # held for as long as we live
+        self.goes_on = False                         # had a run to end though it was getting on?
 
     def run(self, most: float = math.inf) -> Tally:
         """Go on until both sides are alike, or for so many seconds, if that takes longer.  raises Stopped, CloudError"""
         session, began = self.session, time.monotonic()
         session.begin()
         sent, received = session.link.sent, session.link.received
-        asked_anew, turn = False, 0
+        asked_anew, turn, self.goes_on = False, 0, False
         while turn < ROUNDS:
             session.begin_round()
             self.follower.fetch()
@@ -24909,7 +24910,8 @@ class SyncClient:
                 raise Stopped("the server holds this device because it deletes or overwrites so much; "
                               "allow or undo it on the page", ASK)
             turn += not session.is_cut or self._progress() == before
-            if session.is_cut and time.monotonic() - began > most:
+            self.goes_on = session.is_cut and self._progress() != before and time.monotonic() - began > most
+            if self.goes_on:
                 break
             if self._progress() == before and plan.actions:
                 if session.refused and not asked_anew:
@@ -25060,7 +25062,7 @@ class SyncClient:
             pause, said, problems = 1.0, "", self.session.problems
             again = AGAIN_LEAST if problems != before else min(AGAIN_MOST, 2 * again)
             before = problems
-            if not self.session.is_cut:
+            if not self.goes_on:
                 self._wait(news, ended, again if problems else None)
         over.set()
 

@@ -23326,6 +23326,19 @@ def test_what_is_new_does_not_wait_for_what_was_there_before(laptop, cloud, ann,
     assert not alike[5] and alike[8] and len(sent) >= 12 and one.tree() == tree(cloud, ann) and len(one.tree()) == 60 + 60 + 4 + 3
 
 
+def test_a_watch_that_gets_nowhere_waits(laptop, cloud, ann, monkeypatch):
+    """Though every turn ends before all was tried: a server that has no room is not asked again and again."""
+    one, waits, wait = laptop(), threading.Event(), cs.SyncClient._wait
+    one.run()
+    monkeypatch.setattr(cs, "TURN", -1), monkeypatch.setattr(cs, "FIRST_FILES", 1), monkeypatch.setattr(cs, "COMMIT_FILES", 1)
+    monkeypatch.setattr(cs.Space, "has_room", lambda space: False)
+    monkeypatch.setattr(cs.SyncClient, "_wait", lambda *given: (waits.set(), wait(*given)))
+    for n in range(9):
+        one.write("f%d" % n, random_bytes(100_000))
+    with watching(one, cloud):
+        assert waits.wait(60)
+
+
 class Travels:
     """What travels of large files, portion by portion, each a turn of its own; {number: what is done}: acts while it is under way, between before the next round."""
     SIZES = {"TURN": -1, "WINDOW": 1, "CHUNK_SIZE": 128 * KiB, "CUT_LEAST": 32 * KiB, "CUT_MOST": 128 * KiB}      # what is huge has a MiB
