@@ -10049,8 +10049,10 @@ def lowest_of(changes: Sequence[Change]) -> int | None:
             return after.node
         if not before or not after or left == joined:
             return (joined if after else left)[-1]
-    common = os.path.commonprefix([chain for change in changes for chain in (change.left, change.joined) if chain])
-    return common[-1] if common else None
+    chains = [chain for change in changes for chain in (change.left, change.joined) if chain]
+    first, last = min(chains, default=()), max(chains, default=())       # what all begin with is what these two begin with
+    common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
+    return common[-1][0] if common else None
 
 
 class Draft:

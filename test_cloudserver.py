@@ -7352,6 +7352,13 @@ def test_devices_are_let_in_once(make_cloud, fake):
 
 # ==== 15. Tree, history and verbs ========================================================
 
+@pytest.mark.parametrize("chains, lowest", [
+    ([], None), ([(1, 2)], 2), ([(1, 2, 3), (1, 2)], 2), ([(1, 2, 3), (1, 4, 3)], 1), ([(1, 9, 3), (1, 2, 3), (1, 5)], 1), ([(1, 2, 3), (4, 2, 3)], None),
+    ([(1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 5)], 3)])
+def test_the_lowest_collection_that_holds_all_that_changed(chains, lowest):
+    assert cs.lowest_of([cs.Change(None, None, chain, ()) for chain in chains] + [cs.Change(None, None)] * 2) == lowest
+
+
 def test_a_file_comes_back_as_it_was_given(cloud, ann):
     node, new = cloud.files.write(ann, ("a.txt",), Body(b"hello"), announced=cs.Announced(mtime=-5000))
     assert new and (node.name, node.size, node.mtime, node.media) == ("a.txt", 5, -5000, "text/plain")
