@@ -1577,14 +1577,19 @@ def hexdigest_of(name: str, data: bytes) -> str:
 
 
 def hash_file(file: BinaryIO) -> str:
-    """SHA-256 of all of an open file, in memory that does not grow with it."""
-    digest, buffer = hashlib.sha256(), bytearray(256 * KiB)
+    """SHA-256 of all of an open file."""
     file.seek(0)
+    return hash_rest(file)
+
+
+def hash_rest(source: BinaryIO | Body) -> str:
+    """SHA-256 of what was not read yet, in memory that does not grow with it.  raises what reading it raises"""
+    digest, view = hashlib.sha256(), memoryview(bytearray(256 * KiB))
     while True:
-        count = file.readinto(buffer)
+        count = source.readinto(view)
         if not count:
             return digest.hexdigest()
-        digest.update(memoryview(buffer)[:count])
+        digest.update(view[:count])
 
 
 def read_slice(part: bytes | FileSlice) -> bytes:
@@ -1699,13 +1704,13 @@ class Budget:
     def of(self, size: int) -> Iterator[bool]:
         """Some of them, for as long as something takes; False where there are not so many left."""
         with self._lock:
-            size *= self.taken + size <= self.most
-            self.taken += size
+            is_room = self.taken + size <= self.most
+            self.taken += size * is_room
         try:
-            yield size > 0
+            yield is_room
         finally:
             with self._lock:
-                self.taken -= size
+                self.taken -= size * is_room
 
 
 # ==== 5. Formats =========================================================================
@@ -9177,10 +9182,8 @@ class Contents:
 
     def has_bytes(self, node: Node, body: Body) -> bool:
         """Are those of a body, all of which is read, the bytes of a file, as far as these are known?"""
-        whole, view = hashlib.sha256(), memoryview(bytearray(256 * KiB))
-        for count in iter(lambda: fill(body, view), 0):
-            whole.update(view[:count])
-        return self.sums(node).get("sha256") in (None, whole.hexdigest())
+        whole = hash_rest(body)
+        return self.sums(node).get("sha256") in (None, whole)
 
     def chunks(self, node: Node, lists: dict[str, list[tuple[str, int]]] | None = None) -> list[tuple[str, int]]:
         """(hash, size) of the chunks of a file in order; an empty file has none.  `lists` are those of some manifests that were read before."""
@@ -15446,6 +15449,20 @@ class Spool:
         return Response(status, iter([FileSlice(self._file, 0, length)]), fields, length=length)
 
 
+def put_aside(data: bytes) -> FileSlice:
+    """Bytes in a nameless file that whoever has them closes.  raises CloudError"""
+    with storing():
+        file = tempfile.TemporaryFile()
+        try:
+            file.write(data)
+            file.flush()
+        except OSError:
+            with suppress(OSError):              # what it still holds it cannot write either
+                file.close()
+            raise
+    return FileSlice(file, 0, len(data))
+
+
 # ---- the server as a whole
 
 @route("OPTIONS", "/", needs="nothing")
@@ -16035,16 +16052,14 @@ class Handler(BaseHTTPRequestHandler, Source):
             self.link.seize()
 
     def _send_large(self, response: Response, head: bytes) -> int:
-        """Send what is in memory from there; or from a file, where those who take theirs slowly have too much there already."""
+        """Send what is in memory from there; or from a file, where those who take theirs slowly have too much there already.  raises CloudError"""
         with self.server.site.answers.of(len(response.body)) as fits:
             if fits:
                 self.send_all(head + response.body[:RECEIVE], None)
                 self.send_all(memoryview(response.body)[RECEIVE:], None)
                 return len(response.body)
-        with tempfile.TemporaryFile() as file:
-            file.write(response.body)
-            file.flush()
-            part, response.body = FileSlice(file, 0, len(response.body)), b""
+        part, response.body = put_aside(response.body), b""
+        with part.file:
             return self._send_parts(response, [part], head, False)
 
     def _send_parts(self, response: Response, parts: Iterable[bytes | FileSlice] | None, head: bytes, chunked: bool) -> int:
@@ -24911,11 +24926,12 @@ class SyncClient:
             if session.held:
                 raise Stopped("the server holds this device because it deletes or overwrites so much; "
                               "allow or undo it on the page", ASK)
-            turn += not session.is_cut or self._progress() == before
-            self.goes_on = session.is_cut and self._progress() != before and time.monotonic() - began > most
+            got_on = self._progress() != before
+            turn += not (session.is_cut and got_on)
+            self.goes_on = session.is_cut and got_on and time.monotonic() - began > most
             if self.goes_on:
                 break
-            if self._progress() == before and plan.actions:
+            if not got_on and plan.actions:
                 if session.refused and not asked_anew:
                     asked_anew = True
                     self.memory.say(cursor=-1)   # what it has is not what we were told: read everything
@@ -24956,7 +24972,7 @@ class SyncClient:
         return {key for key in known.union(self.session.scan.mounts) if key in self.memory.base}
 
     def _execute(self, plan: Worklist) -> None:
-        """In an order that is safe at every instant: copies first, deletions last."""
+        """In an order that is safe at every instant: copies first, deletions last; only what is large may come after them, and what is deleted is kept."""
         session, here, there, before = self.session, self.session.scan.here, self.memory.there, self._progress()
         if session.progress:
             begun = [chunks for _, chunks in (*self.uploader.ahead.values(), *self.downloader.parts.values())]

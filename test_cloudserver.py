@@ -14825,6 +14825,23 @@ def test_answers_that_are_taken_slowly_have_so_much_memory_together(cloud, ann, 
         eventually(lambda: not room.taken)
 
 
+def test_an_answer_for_which_there_is_no_memory_and_no_disk_is_cut_off_and_the_reason_logged(cloud, ann, serve_cloud, monkeypatch, caplog):
+    """R18, R33"""
+    address = serve_cloud(cloud)
+    for n in range(20):
+        put(cloud, ann, "%02d" % n + "x" * 50)
+    monkeypatch.setattr(cs, "RECEIVE", 500), monkeypatch.setattr(serve_cloud.servers[-1].site.answers, "most", 0)
+    want = exchange(address, "GET", "/dav/").body
+
+    def full(*how):
+        raise OSError(errno.ENOSPC, "no space")
+    with monkeypatch.context() as patch:
+        patch.setattr(cs.tempfile, "TemporaryFile", full)
+        with pytest.raises((http.client.HTTPException, OSError)):
+            exchange(address, "GET", "/dav/")
+    assert "the disk of the server is full" in caplog.text and exchange(address, "GET", "/dav/").body == want
+
+
 # ==== 24. JSON API =======================================================================
 
 @pytest.fixture
