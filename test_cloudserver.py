@@ -26474,8 +26474,8 @@ def test_every_command_on_a_backup_of_another_version_does_its_work_or_says_why_
 @pytest.mark.parametrize("words, code, says", [
     (["--no-such-flag"], 2, "usage"), (["fly"], 2, "invalid choice"), (["--port", "x"], 2, "invalid int"),
     (["--port", "70000"], 2, "out of range"), (["--keep-days", "9" * 30], 2, "out of range"), (["--quota", "9" * 30], 2, "not a size"), (["--behind-proxy", "x"], 2, "proxy"), (["--max-file", "huge"], 2, "not a size"),
-    (["--tls-cert", "x"], 2, "go together"), (["--tls-cert", "no", "--tls-key", "no"], 1, "certificate"),
-    (["--data", "/proc/no"], 1, "data directory"), (["user", "passwd", "nobody"], 1, "no cloud"),
+    (["--tls-cert", "x"], 2, "go together"), (["--port", "0", "--tls-cert", "no", "--tls-key", "no"], 1, "certificate"),
+    (["--port", "0", "--data", "/proc/no"], 1, "data directory"), (["user", "passwd", "nobody"], 1, "no cloud"),
 ])
 def test_a_wrong_command_line_gets_one_clear_line(tmp_path, words, code, says):
     words = words if "--data" in words or code == 2 else [*words, "--data", tmp_path / "d"]
